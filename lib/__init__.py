@@ -1,0 +1,29 @@
+"""The book's one package: models, training loops, evaluation, runs. See `python -m lib --help`."""
+import os
+from pathlib import Path
+
+
+def root() -> Path:
+    """Top folder of the checkout; every path of the project starts here, whatever the caller's folder is."""
+    return Path(__file__).resolve().parent.parent
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, a crash or a full disk never leaves half of it: write, fsync, rename.
+
+    Raises OSError when the disk is full or the folder cannot be written; an older file of that name then stays.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

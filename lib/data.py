@@ -1,0 +1,269 @@
+"""Named data sets as tensors in memory. `python -m lib data` lists them.
+
+Files are looked for in $VAEBOOK_DATA, then ./data of the checkout, then downloaded; every file is checked by SHA-256.
+`digits` and `shapes` need no file: they are the embedded defaults of the notebooks.
+"""
+import gzip
+import hashlib
+import os
+import socket
+import struct
+import tempfile
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib import root
+
+DIGITS = tuple(str(i) for i in range(10))
+GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+SHAPES = ("square", "disc", "triangle")
+
+
+class DataError(Exception):
+    """A data set is missing, corrupt or unknown; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images uint8 [N, C, H, W] in 0..255, labels int64 [N]; `sha256` is of the source, before any resizing.
+
+    `factors` (generated data only): {"train" | "test": {factor: float tensor [N]}}.
+    """
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
+    label_names: tuple[str, ...]
+    sha256: str
+    factors: dict = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from: `files` maps path below the data folder -> SHA-256 (empty: embedded)."""
+    what: str
+    licence: str
+    how: str
+    files: dict[str, str]
+    size: str
+
+
+_IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+
+
+def _idx_files(folder: str, *digests: str) -> dict[str, str]:
+    return {f"{folder}/raw/{name}": digest for name, digest in zip(_IDX, digests)}
+
+
+SOURCES = {
+    "mnist": Source(
+        "handwritten digits 28x28, 60,000 train + 10,000 test", "CC BY-SA 3.0", "python -m lib data --fetch mnist",
+        _idx_files("MNIST", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+                   "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+                   "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+                   "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"), "12 MB"),
+    "fashionmnist": Source(
+        "garments 28x28, 60,000 train + 10,000 test", "MIT", "python -m lib data --fetch fashionmnist",
+        _idx_files("FashionMNIST", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                   "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                   "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                   "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"), "31 MB"),
+    "digits": Source("handwritten digits 8x8 (scikit-learn), 1,437 train + 360 test", "CC BY 4.0", "embedded", {}, "in memory"),
+    "shapes": Source("generated 64x64 RGB scenes with known factors, 4,096 train + 512 test", "as the book", "embedded", {},
+                     "in memory"),
+}
+
+
+def load(name: str, size: int | None = None) -> Dataset:
+    """The data set `name` (a key of SOURCES), images resized to size x size (bilinear, antialiased) if given.
+
+    Raises DataError: unknown name, file missing and not downloadable, or corrupt.
+    """
+    if name not in SOURCES:
+        raise DataError(f"unknown data set {name!r}: known are {', '.join(SOURCES)}")
+    if size is not None and size < 1:
+        raise DataError(f"image size must be at least 1 pixel, got {size}")
+    data = _load(name)
+    if size is None or size == data.train.shape[-1]:
+        return data
+    return Dataset(**{**vars(data), "train": resize(data.train, size), "test": resize(data.test, size)})
+
+
+@lru_cache(maxsize=2)
+def _load(name: str) -> Dataset:
+    return {"digits": _digits, "shapes": _shapes}[name]() if name in ("digits", "shapes") else _mnist_like(name)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 [N, C, H, W] -> uint8 [N, C, size, size], bilinear with antialiasing, in chunks."""
+    parts = (F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True) for part in images.split(4096))
+    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+
+
+# ------------------------------------------------------------------------------------------------ files
+def folders() -> list[Path]:
+    """Where files are looked for, in order: $VAEBOOK_DATA (if set), then data/ in the checkout."""
+    named = os.environ.get("VAEBOOK_DATA")
+    return ([Path(named).expanduser()] if named else []) + [root() / "data"]
+
+
+def find(name: str) -> Path | None:
+    """The first data folder that holds all files of `name`; None if there is none (or nothing to hold)."""
+    files = SOURCES[name].files
+    return next((f for f in folders() if files and all((f / file).is_file() for file in files)), None)
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """The file's bytes; DataError if its SHA-256 is another one."""
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(f"{path} is corrupt (SHA-256 {found[:12]}…, expected {sha256[:12]}…): delete it and fetch it again")
+    return content
+
+
+def fetch(name: str) -> Path:
+    """Download the files of `name` into the first data folder, checked; returns the folder.
+
+    Raises DataError when offline, when the folder cannot be written or when a checksum fails.
+    """
+    source, folder = SOURCES[name], folders()[0]
+    if found := find(name):
+        return found
+    import torchvision.datasets as tv                   # slow to import: only when something is to be downloaded
+    from torchvision.datasets.utils import download_url
+    mirrors = {"mnist": tv.MNIST, "fashionmnist": tv.FashionMNIST}[name].mirrors
+    for file, sha256 in source.files.items():
+        target = folder / file
+        if not target.is_file():
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _download(download_url, mirrors, target, sha256)
+            except (OSError, RuntimeError) as error:
+                raise DataError(_missing(name, error)) from None
+    return folder
+
+
+def _download(download_url, mirrors: list[str], target: Path, sha256: str) -> None:
+    socket.setdefaulttimeout(30)
+    failure = None
+    for mirror in mirrors:
+        with tempfile.TemporaryDirectory(dir=target.parent) as part:       # same file system: the rename is atomic
+            try:
+                download_url(mirror + target.name, part, target.name)
+            except (OSError, RuntimeError) as error:
+                failure = error
+                continue
+            read_checked(Path(part, target.name), sha256)
+            os.replace(Path(part, target.name), target)
+            return
+    raise failure
+
+
+def _missing(name: str, error: Exception) -> str:
+    looked = ", ".join(f"{folder}/{next(iter(SOURCES[name].files))}" for folder in folders())
+    instead = "digits" if "mnist" in name else "shapes"
+    return (f"data set {name} is not here (looked for {looked}) and could not be downloaded ({error}): run "
+            f"`{SOURCES[name].how}` with a network, or set VAEBOOK_DATA to a folder that has it; "
+            f"the embedded data set {instead!r} runs without either")
+
+
+def _read_idx(path: Path, sha256: str) -> Tensor:
+    """An IDX file (gzip) of unsigned bytes -> uint8 tensor."""
+    content = read_checked(path, sha256)
+    try:
+        raw = gzip.decompress(content)
+        dims = struct.unpack(f">{raw[3]}I", raw[4:4 + 4 * raw[3]])
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims).copy())
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise DataError(f"{path} cannot be read as an IDX file: {error}") from None
+
+
+def _mnist_like(name: str) -> Dataset:
+    folder = find(name) or fetch(name)
+    x, y, x_test, y_test = (_read_idx(folder / file, digest) for file, digest in SOURCES[name].files.items())
+    digest = hashlib.sha256("".join(SOURCES[name].files.values()).encode()).hexdigest()
+    names = DIGITS if name == "mnist" else GARMENTS
+    return Dataset(name, x[:, None], x_test[:, None], y.long(), y_test.long(), names, digest)
+
+
+# ------------------------------------------------------------------------------------------------ embedded
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images * 255 / 16).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(bunch.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[360:], order[:360]
+    return Dataset("digits", images[train], images[test], labels[train], labels[test], DIGITS, _digest(images))
+
+
+def shapes(n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scenes of one coloured shape on a coloured ground: uint8 [n, 3, 64, 64] and their factors, each [n].
+
+    Factors: shape (0 square, 1 disc, 2 triangle), x and y of the centre in [-0.5, 0.5], radius in [0.2, 0.45] (half
+    image widths), angle in radians, hue and ground hue in [0, 1). Edges are one pixel soft.
+    """
+    rng = np.random.default_rng(seed)
+    draw = {"shape": rng.integers(0, 3, n).astype(np.float32), **{
+        name: rng.uniform(low, high, n).astype(np.float32) for name, low, high in (
+            ("x", -0.5, 0.5), ("y", -0.5, 0.5), ("radius", 0.2, 0.45), ("angle", 0, 2 * np.pi), ("hue", 0, 1), ("ground", 0, 1))}}
+    factors = {name: torch.from_numpy(value) for name, value in draw.items()}
+    return torch.cat([_draw({k: v[i:i + 256] for k, v in factors.items()}) for i in range(0, n, 256)]), factors
+
+
+def _draw(f: dict[str, Tensor]) -> Tensor:
+    axis = (torch.arange(64) + 0.5) / 32 - 1
+    dx, dy = axis[None, None, :] - f["x"][:, None, None], axis[None, :, None] - f["y"][:, None, None]
+    cos, sin, r = (v[:, None, None] for v in (f["angle"].cos(), f["angle"].sin(), f["radius"]))
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    corners = torch.tensor([0.0, 2.0944, 4.1888])              # the triangle is the meet of three half-planes
+    distance = torch.stack([torch.maximum(u.abs(), v.abs()) - 0.8 * r, (u * u + v * v).sqrt() - r,
+                            (u[None] * corners.cos()[:, None, None, None] + v[None] * corners.sin()[:, None, None, None]).amax(0)
+                            - 0.6 * r])
+    inside = (0.5 - 32 * distance[f["shape"].long(), torch.arange(len(r))]).clamp(0, 1)[:, None]
+    image = inside * _colour(f["hue"], 0.95) + (1 - inside) * _colour(f["ground"], 0.45)
+    return (255 * image).round().to(torch.uint8)
+
+
+def _colour(hue: Tensor, value: float) -> Tensor:
+    """Hue in [0, 1) at saturation 0.75 -> RGB [n, 3, 1, 1]."""
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6
+    rgb = value * (1 - 0.75 * torch.minimum(k, 4 - k).clamp(0, 1))
+    return rgb[:, :, None, None]
+
+
+def _shapes() -> Dataset:
+    (x, train), (x_test, test) = shapes(4096, seed=0), shapes(512, seed=1)
+    return Dataset("shapes", x, x_test, train["shape"].long(), test["shape"].long(), SHAPES, _digest(torch.cat([x, x_test])),
+                   {"train": train, "test": test})
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.numpy().tobytes()).hexdigest()
+
+
+def listing() -> list[dict[str, str]]:
+    """One row per data set for `python -m lib data`: name, what, where it is, size, checksum, licence, how to get it."""
+    rows = []
+    for name, source in SOURCES.items():
+        folder = find(name)
+        state = "embedded" if not source.files else "missing"
+        if folder:
+            try:
+                for file, digest in source.files.items():
+                    read_checked(folder / file, digest)
+                state = f"present in {folder}"
+            except (DataError, OSError) as error:
+                state = str(error)
+        digest = hashlib.sha256("".join(source.files.values()).encode()).hexdigest()[:16] if source.files else "generated"
+        rows.append({"name": name, "what": source.what, "state": state, "size": source.size, "sha256": digest,
+                     "licence": source.licence, "get it": source.how})
+    return rows

@@ -1,0 +1,343 @@
+"""A run: its parameters, its folder, its results.json, its provenance; and many runs read as one table.
+
+In a notebook: `run = runs.start("gmm", globals())` after the parameters cell, `run.save(metrics)` at the end.
+Working runs live in runs/<experiment>/<run>/ (not committed); recorded ones in book/results/<experiment>/<run>/.
+"""
+import ast
+import datetime
+import difflib
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import tokenize
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from lib import root, write_atomic
+
+SCHEMA = 1
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
+HOUSEKEEPING = ("resume", "device")           # where and from what a run ran, not what it computed: not part of its name
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas", "papermill")
+
+
+class RunError(Exception):
+    """A run cannot start or be saved; the message says what is wrong and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ parameters
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a notebook's parameters cell: `name: type = default  # help`."""
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+def notebook_path(experiment: str) -> Path:
+    """notebooks/<experiment>.ipynb; RunError with the nearest name if there is none."""
+    path = root() / "notebooks" / f"{experiment}.ipynb"
+    if not path.is_file():
+        raise RunError(f"no notebook {experiment!r}{nearest(experiment, notebooks())}")
+    return path
+
+
+def notebooks() -> list[str]:
+    """Names of all notebooks that have a parameters cell."""
+    return sorted(path.stem for path in (root() / "notebooks").glob("*.ipynb") if _parameters_source(path) is not None)
+
+
+def _parameters_source(path: Path) -> str | None:
+    cells = json.loads(path.read_text())["cells"]
+    return next(("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])), None)
+
+
+def parameters(experiment: str) -> dict[str, Parameter]:
+    """The parameters that a notebook declares, in order. RunError if a line is not `name: type = literal  # help`."""
+    source = _parameters_source(notebook_path(experiment))
+    if source is None:
+        raise RunError(f"notebook {experiment!r} has no cell tagged 'parameters'")
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
+    declared = {}
+    for node in ast.parse(source).body:
+        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None
+        if kind not in TYPES or node.value is None:
+            raise RunError(f"{experiment}, parameters cell, line {node.lineno}: write `name: type = value  # help` "
+                           f"with a type of {', '.join(TYPES)}")
+        declared[node.target.id] = Parameter(node.target.id, kind, ast.literal_eval(node.value), comments.get(node.lineno, ""))
+    return declared
+
+
+def presets(experiment: str) -> dict[str, dict]:
+    """The notebook's presets of notebooks/presets.yml: {preset: {parameter: value}}."""
+    return (yaml.safe_load((root() / "notebooks" / "presets.yml").read_text()) or {}).get(experiment) or {}
+
+
+def check(experiment: str, values: dict) -> dict:
+    """Complete values with the defaults. RunError on an unknown name (the nearest is named) or a wrong type."""
+    declared = parameters(experiment)
+    for name in values:
+        if name not in declared:
+            raise RunError(f"{experiment} has no parameter {name!r}{nearest(name, declared)}")
+    return {p.name: _typed(p, values.get(p.name, p.default)) for p in declared.values()}
+
+
+def _typed(parameter: Parameter, value):
+    if parameter.type == "float" and type(value) is int:
+        value = float(value)
+    if type(value) is not TYPES[parameter.type] or (parameter.type == "float" and not math.isfinite(value)):
+        raise RunError(f"parameter {parameter.name} must be {parameter.type}, got {value!r} ({type(value).__name__}); "
+                       f"with papermill pass it as YAML: -y '{parameter.name}: {json.dumps(parameter.default)}'")
+    return value
+
+
+def parse(experiment: str, name: str, text: str):
+    """The value of `--set name=text` by the declared type. RunError if it is none."""
+    declared = parameters(experiment)
+    if name not in declared:
+        raise RunError(f"{experiment} has no parameter {name!r}{nearest(name, declared)}")
+    kind = declared[name].type
+    try:
+        if kind == "str":
+            return text
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        value = yaml.safe_load(text) if kind == "list" else TYPES[kind](text)
+        return _typed(declared[name], value)
+    except (KeyError, ValueError, yaml.YAMLError, RunError):
+        raise RunError(f"parameter {name} of {experiment} must be {kind}, got {text!r}") from None
+
+
+def nearest(name: str, known) -> str:
+    """The end of a complaint about an unknown name: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(known) or 'none'}"
+
+
+def reduced(experiment: str, values: dict) -> list[str]:
+    """What differs from the `paper` preset, e.g. ["steps 300 instead of 10000"]; [] is the published size."""
+    paper = presets(experiment).get("paper", {})
+    return [f"{name} {values[name]} instead of {full}" for name, full in paper.items() if values[name] != full]
+
+
+def name_of(experiment: str, preset: str, values: dict) -> str:
+    """The run's name: its preset and what differs from it, e.g. `cpu-model=ae-seed=2`, or `default`."""
+    base = {p.name: p.default for p in parameters(experiment).values()} | presets(experiment).get(preset, {})
+    changed = [f"{name}={value}" for name, value in values.items() if value != base[name] and name not in HOUSEKEEPING]
+    name = "-".join(([preset] if preset else []) + changed) or "default"
+    name = "".join(c if c.isalnum() or c in "-_=.," else "_" for c in name)
+    return name if len(name) <= 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def command_of(experiment: str, preset: str, values: dict) -> str:
+    """The command line that makes this run again."""
+    base = {p.name: p.default for p in parameters(experiment).values()} | presets(experiment).get(preset, {})
+    words = [f"--preset {preset}"] if preset else []
+    words += [f"--seed {value}" if name == "seed" else f"--set {name}={json.dumps(value) if not isinstance(value, str) else value}"
+              for name, value in values.items() if value != base[name] and name not in HOUSEKEEPING]
+    return " ".join(["python -m lib run", experiment, *words])
+
+
+# ------------------------------------------------------------------------------------------------ one run
+@dataclass
+class Run:
+    """A run under way: `folder` takes checkpoints and pictures, `save` ends it."""
+    experiment: str
+    name: str
+    preset: str
+    parameters: dict
+    folder: Path
+    git: dict
+    started: float = field(default_factory=time.time)
+    figures: list[str] = field(default_factory=list)
+
+    def save_figure(self, fig, name: str) -> None:
+        """Write a matplotlib figure as <name>.png (110 dpi) into the run's folder."""
+        fig.savefig(self.folder / f"{name}.png", dpi=110)
+        self.figures.append(f"{name}.png")
+
+    def save(self, metrics: dict, dataset=None, history: dict | None = None) -> dict:
+        """Write results.json (atomically, last) and glue each metric's value under its name; returns the record.
+
+        metrics: name -> {"value", "se", "n", "unit"} (evaluate.estimate, evaluate.exact); dataset: data.Dataset or None.
+        Raises RunError if a metric is not such a thing or not finite, or the folder cannot be written.
+        """
+        for name, metric in metrics.items():
+            if set(metric) != {"value", "se", "n", "unit"} or not math.isfinite(metric["value"]):
+                raise RunError(f"metric {name} is {metric}: it needs a finite value, se, n and unit")
+        record = {
+            "schema": SCHEMA, "experiment": self.experiment, "run": self.name, "preset": self.preset,
+            "parameters": self.parameters, "reduced": reduced(self.experiment, self.parameters), "metrics": metrics,
+            "seed": self.parameters.get("seed"),
+            "dataset": {"name": dataset.name, "sha256": dataset.sha256} if dataset else None,
+            "command": command_of(self.experiment, self.preset, self.parameters), "git": self.git, "versions": versions(),
+            "device": device_info(self.parameters.get("device", "auto")), "wall_time_s": round(time.time() - self.started, 1),
+            "peak_memory_mb": peak_memory_mb(), "figures": self.figures,
+            "date": datetime.datetime.fromtimestamp(self.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "history": history or {}}
+        file = "results.json.pending" if os.environ.get("VAEBOOK_RUN") else "results.json"   # `lib run` renames it last
+        try:
+            write_atomic(self.folder / file, json.dumps(record, indent=1, allow_nan=False).encode())
+        except ValueError as error:
+            raise RunError(f"results of {self.name} hold a value that is not finite: {error}") from None
+        except OSError as error:
+            raise RunError(f"cannot write {self.folder / file}: {error.strerror}") from None
+        _glue({name: metric["value"] for name, metric in metrics.items()})
+        return record
+
+
+def start(experiment: str, namespace: dict, preset: str | None = None) -> Run:
+    """Begin the run of a notebook: check its parameters, make its folder, start the clock.
+
+    namespace: the notebook's globals(). The preset and the folder come from `python -m lib run` (environment) or, when
+    papermill or a person runs the notebook, from the parameters. Raises RunError: an unknown or ill-typed parameter
+    (also one injected by papermill under a misspelt name), or a folder that cannot be written.
+    """
+    declared = parameters(experiment)
+    values = check(experiment, {name: namespace[name] for name in declared if name in namespace} | _injected(namespace))
+    preset = os.environ.get("VAEBOOK_PRESET", "") if preset is None else preset
+    name = name_of(experiment, preset, values)
+    folder = Path(os.environ.get("VAEBOOK_RUN") or root() / "runs" / experiment / name)
+    make_folder(folder)
+    return Run(experiment, name, preset, values, folder, git_state())
+
+
+def _injected(namespace: dict) -> dict:
+    """What papermill injected (its cell begins with `# Parameters`): also names that the notebook does not declare."""
+    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
+    names = {node.targets[0].id for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    return {name: namespace[name] for name in names if name in namespace and not name.startswith("papermill")}
+
+
+def make_folder(folder: Path) -> None:
+    """Create a run's folder and prove that it can be written. RunError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to the run folder {folder}: {error.strerror}; choose another with --out") from None
+
+
+def _glue(values: dict) -> None:
+    try:
+        from myst_nb import glue
+    except ImportError:                     # a bare machine that only computes
+        return
+    from IPython import get_ipython
+    if get_ipython():
+        for name, value in values.items():
+            glue(name, float(value), display=False)
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+def git_state() -> dict:
+    """{"commit": hash or "unknown", "dirty": tracked files differ from it}."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "dirty": True}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that matter, and CUDA's."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def device_info(name: str = "auto") -> dict:
+    """{"kind": cpu | cuda, "name", "threads"} of the device that `name` leads to."""
+    import torch
+    if name != "cpu" and torch.cuda.is_available():
+        return {"kind": "cuda", "name": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
+    return {"kind": "cpu", "name": model, "threads": torch.get_num_threads()}
+
+
+def peak_memory_mb() -> float:
+    """Peak of this process: GPU memory if CUDA was used, else resident memory, in MB."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+# ------------------------------------------------------------------------------------------------ many runs
+def read(path: Path) -> dict:
+    """One results.json. RunError if it is missing, not JSON or not of this schema."""
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run did not finish") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    missing = {"schema", "experiment", "run", "parameters", "metrics", "reduced", "git", "command"} - set(record)
+    if missing or record["schema"] != SCHEMA:
+        raise RunError(f"{path} is not a results.json of schema {SCHEMA} (missing: {', '.join(sorted(missing)) or 'nothing'})")
+    return record
+
+
+def records(experiment: str | None = None, folder: Path | None = None) -> list[dict]:
+    """Every recorded run (book/results, or another folder), with "path" relative to that folder, sorted by path."""
+    folder = folder or root() / "book" / "results"
+    paths = sorted(folder.glob(f"{experiment or '*'}/*/results.json"))
+    return [read(path) | {"path": str(path.parent.relative_to(folder))} for path in paths]
+
+
+def table(found: list[dict], metrics: list[str], by: list[str]):
+    """Runs as a pandas DataFrame: mean, standard error over seeds and n of each metric, grouped by parameters `by`.
+
+    With a single seed the error is the run's own (over its test items). Columns: by, seeds, size, metric -> "m ± s".
+    """
+    import pandas as pd
+    rows = {}
+    for record in found:
+        rows.setdefault(tuple(str(record["parameters"][name]) for name in by), []).append(record)
+    out = []
+    for key, group in rows.items():
+        row = dict(zip(by, key)) | {"seeds": len(group), "size": "; ".join(group[0]["reduced"]) or "full"}
+        for name in metrics:
+            values = [record["metrics"][name] for record in group if name in record["metrics"]]
+            row[name] = _mean_text(values)
+        out.append(row)
+    return pd.DataFrame(out)
+
+
+def metrics_table(metrics: dict[str, dict]):
+    """One run's metrics as a pandas DataFrame: metric, mean ± standard error, n, unit."""
+    import pandas as pd
+    return pd.DataFrame([{"metric": name, "value": _mean_text([metric]), "n": metric["n"], "unit": metric["unit"]}
+                         for name, metric in metrics.items()]).set_index("metric")
+
+
+def _mean_text(values: list[dict]) -> str:
+    if not values:
+        return "–"
+    numbers = [v["value"] for v in values]
+    mean, n = sum(numbers) / len(numbers), len(numbers)
+    se = math.sqrt(sum((v - mean) ** 2 for v in numbers) / (n - 1) / n) if n > 1 else values[0]["se"]
+    digits = 4 if not se else max(0, min(6, 1 - math.floor(math.log10(se))))
+    return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se else "")

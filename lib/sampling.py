@@ -1,0 +1,91 @@
+"""Looking at a trained decoder: the five sampling modes of VAEs-Implementations, as pure functions of an autoencoder.
+
+Grids of images are [rows, columns, C, S, S] in [0, 1]. Noise comes from the generator alone.
+"""
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib.autoencoders import Autoencoder, decode, encode, evaluate, pixels
+
+MODES = ("sample", "interpolate", "traverse", "reconstruct", "visualize_latent")
+
+
+def _codes(model: Autoencoder, n: int, generator: torch.Generator) -> Tensor:
+    if n < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n}")
+    return torch.randn(n, model.z_dim, generator=generator, device=generator.device)
+
+
+def _decode_rows(model: Autoencoder, z: Tensor, batch_size: int) -> Tensor:
+    return decode(model, z.flatten(0, 1), batch_size).unflatten(0, z.shape[:2])
+
+
+def sample(model: Autoencoder, n_samples: int, generator: torch.Generator, batch_size: int = 500) -> Tensor:
+    """Images of n_samples codes from N(0, I): [n_samples, 1, C, S, S]."""
+    return _decode_rows(model, _codes(model, n_samples, generator)[:, None], batch_size)
+
+
+def interpolate(model: Autoencoder, n_samples: int, n_interpolate: int, generator: torch.Generator,
+                batch_size: int = 500) -> Tensor:
+    """n_interpolate points on the straight line between two random codes, both ends included: [n_samples, n_interpolate, …]."""
+    if n_interpolate < 2:
+        raise ValueError(f"n_interpolate must be at least 2, got {n_interpolate}")
+    start, end = _codes(model, n_samples, generator), _codes(model, n_samples, generator)
+    t = torch.linspace(0, 1, n_interpolate, device=start.device)[None, :, None]
+    return _decode_rows(model, (1 - t) * start[:, None] + t * end[:, None], batch_size)
+
+
+def traverse(model: Autoencoder, n_samples: int, n_traverse: int, traverse_range: float, traverse_dim: int,
+             generator: torch.Generator, batch_size: int = 500) -> Tensor:
+    """Random codes with dimension traverse_dim set to n_traverse values in ±traverse_range: [n_samples, n_traverse, …]."""
+    if not 0 <= traverse_dim < model.z_dim:
+        raise ValueError(f"traverse_dim must be between 0 and {model.z_dim - 1}, got {traverse_dim}")
+    if n_traverse < 2 or traverse_range <= 0:
+        raise ValueError(f"n_traverse >= 2 and traverse_range > 0 are needed, got {n_traverse} and {traverse_range}")
+    z = _codes(model, n_samples, generator)[:, None].repeat(1, n_traverse, 1)
+    z[:, :, traverse_dim] = torch.linspace(-traverse_range, traverse_range, n_traverse, device=z.device)
+    return _decode_rows(model, z, batch_size)
+
+
+def reconstruct(model: Autoencoder, images: Tensor, n_samples: int, generator: torch.Generator, batch_size: int = 500) -> Tensor:
+    """n_samples random images (uint8 [N, C, S, S]) beside their reconstructions: [n_samples, 2, C, S, S].
+
+    The code is a draw from q(z|x) for a variational model, the mean otherwise (VAEs-Implementations draws in both cases,
+    from a variance that the AE and the AAE never train).
+    """
+    if not 1 <= n_samples <= len(images):
+        raise ValueError(f"n_samples must be between 1 and the {len(images)} images, got {n_samples}")
+    order = torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
+    chosen = images[order[:n_samples]]
+    z = evaluate(model, chosen, generator, batch_size)["z"]
+    originals = (pixels(chosen) + 1) / 2
+    return torch.stack([originals, decode(model, z, batch_size)], 1)
+
+
+def visualize_latent(model: Autoencoder, images: Tensor, n_samples: int, generator: torch.Generator,
+                     batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Means of q(z|x) [n, 2] of n random test images and their indices [n]; ValueError unless z_dim is 2."""
+    if model.z_dim != 2:
+        raise ValueError(f"the latent map needs z_dim = 2, this model has {model.z_dim}")
+    order = torch.randperm(len(images), generator=generator, device=generator.device)[:n_samples].to(images.device)
+    return encode(model, images[order], batch_size)[0], order
+
+
+def decoder_map(model: Autoencoder, extent: float, n: int) -> Tensor:
+    """Images on an n x n grid of z over ±extent, first row at the top (largest z_2): [n, n, C, S, S]; z_dim must be 2."""
+    device = next(model.parameters()).device
+    axis = torch.linspace(-extent, extent, n, device=device)
+    z = torch.stack(torch.meshgrid(axis.flip(0), axis, indexing="ij")[::-1], -1)
+    return _decode_rows(model, z, 500)
+
+
+def save_images(grid: Tensor, folder: Path) -> int:
+    """Each row of a grid as one PNG, 0.png, 1.png, …; returns how many. Raises OSError if the folder cannot be written."""
+    from PIL import Image
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, row in enumerate((255 * grid).round().clamp(0, 255).to(torch.uint8).cpu()):
+        strip = torch.cat(list(row), dim=-1).permute(1, 2, 0).numpy()
+        Image.fromarray(strip[..., 0] if strip.shape[-1] == 1 else strip).save(folder / f"{i}.png")
+    return len(grid)
