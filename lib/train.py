@@ -5,6 +5,7 @@ synchronisation and noise from a torch.Generator only. `fit` owns the rest: batc
 exact resume, the stop on NaN. Only this file knows devices, precision and checkpoints.
 """
 import contextlib
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -37,9 +38,13 @@ def device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A seeded source of noise on the device; give it to the step and, in `state`, to `fit`."""
-    return torch.Generator(device).manual_seed(seed)
+def generator(seed: int, device: torch.device | str = "cpu", use: str = "noise") -> torch.Generator:
+    """A source of randomness on the device, independent for every seed and use ("weights", "noise", ...).
+
+    Seed and use are hashed to 32 bits: the CPU generator ignores higher ones. Give the noise to `fit` in `state`.
+    """
+    digest = hashlib.sha256(f"{seed}/{use}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 @contextlib.contextmanager
@@ -74,8 +79,7 @@ class Shuffled:
         """Step t's batch [size, ...]."""
         epoch, i = divmod(t, self.per_epoch)
         if epoch != self._epoch:
-            shuffle = torch.Generator().manual_seed((self.seed << 32) + epoch)
-            order = torch.randperm(len(self.data), generator=shuffle)
+            order = torch.randperm(len(self.data), generator=generator(self.seed, use=f"epoch {epoch}"))
             self._epoch, self._order = epoch, order.to(self.data.device)
         return self.data[self._order[i * self.size:(i + 1) * self.size]]
 
@@ -168,7 +172,7 @@ def _progress(steps: int, done: int, title: str):
 # ------------------------------------------------------------------------------------------------ checkpoints
 def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config: dict) -> None:
     tensors: dict[str, Tensor] = {}
-    tree = _flatten({name: _state_of(item) for name, item in state.items()}, "", tensors)
+    tree = {name: _flatten(_state_of(item), name, tensors) for name, item in state.items()}
     bad = next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
     if bad:
         raise TrainError(f"{bad} is not finite after step {step}; {_last_good(folder)}; lower the learning rate")
@@ -243,7 +247,7 @@ def _flatten(tree, path: str, tensors: dict):
         tensors[path] = tree.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(tree, dict):
-        return {"dict": [[key, _flatten(value, f"{path}/{key}".lstrip("/"), tensors)] for key, value in tree.items()]}
+        return {"dict": [[key, _flatten(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, (list, tuple)):
         return {"list": [_flatten(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]}
     return {"value": tree}
