@@ -1,13 +1,14 @@
 """AE, VAE, beta-VAE, AAE and MMD-VAE on one convolutional encoder/decoder family (VAEs-Implementations).
 
 Pixels x in [-1, 1], latent code z. Losses are per pixel, as the work computes them (known fault 7 says what they mean):
-rec = mean squared error, kl = sum over z of (mu^2 + var - log var - 1) / pixels, which is 2 KL(q(z|x) || N(0, I)) / pixels.
+rec = mean squared error, kl = sum over z of (mu^2 + var - log var - 1) / pixels = 2 KL(q(z|x) || N(0, I)) / pixels.
     AE       rec                                      the code is the mean
     VAE      rec / sigma^2 + kl                       beta-VAE: beta * kl
     AAE      rec, then a discriminator on z against N(0, I), then the encoder against the discriminator
     MMD-VAE  rec + (1 - alpha) kl + (alpha + lambda - 1) MMD(z, N(0, I))
 """
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from lib.stochastic import gaussian_kl, gaussian_log_prob, reparameterise
 
 KINDS = ("ae", "vae", "beta-vae", "aae", "mmd-vae")
 VARIATIONAL = ("vae", "beta-vae", "mmd-vae")
-CURVES = {"squared error per pixel": {"rec": "reconstruction"}, "KL [nats per image]": {"kl": "KL"}, "squared MMD": {"mmd": "MMD"},
+CURVES = {"squared error per pixel": {"rec": "reconstruction"}, "KL [nats per image]": {"kl": "KL"},
+          "squared MMD": {"mmd": "MMD"},
           "cross-entropy [nats]": {"discriminator": "discriminator", "adversarial": "encoder"}}
 
 
@@ -30,15 +32,17 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [dim * m for m in multipliers]
         layers = [nn.Conv2d(channels, widths[0], 4, 2, 1)]
-        for i, (before, after) in enumerate(zip(widths, widths[1:])):
+        for i, (before, after) in enumerate(pairwise(widths)):
             layers += [nn.BatchNorm2d(before)] if i else []
             layers += [nn.LeakyReLU(0.2), nn.Conv2d(before, after, 4, 2, 1)]
         top = widths[-1]
-        self.trunk = nn.Sequential(*layers, nn.BatchNorm2d(top), nn.LeakyReLU(0.2), nn.Conv2d(top, top, 4), nn.Flatten())
+        layers += [nn.BatchNorm2d(top), nn.LeakyReLU(0.2), nn.Conv2d(top, top, 4), nn.Flatten()]
+        self.trunk = nn.Sequential(*layers)
         self.mean, self.log_var = (nn.Sequential(nn.Linear(top, top // 2), nn.BatchNorm1d(top // 2), nn.LeakyReLU(0.01),
                                                  nn.Linear(top // 2, z_dim)) for _ in range(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance, each [B, z_dim]."""
         h = self.trunk(x)
         return self.mean(h), self.log_var(h)
 
@@ -50,11 +54,12 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [dim * m for m in reversed(multipliers)]
         layers = [nn.ConvTranspose2d(z_dim, widths[0], 4)]
-        for before, after in zip(widths, [*widths[1:], channels]):
+        for before, after in pairwise([*widths, channels]):
             layers += [nn.BatchNorm2d(before), nn.LeakyReLU(0.2), nn.ConvTranspose2d(before, after, 4, 2, 1)]
         self.net = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
+        """Image mean [B, C, S, S]."""
         return self.net(z[:, :, None, None])
 
 
@@ -71,8 +76,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"unknown model {kind!r}: use one of {', '.join(KINDS)}")
-        if image[1] != 4 * 2 ** len(multipliers):
-            raise ValueError(f"{len(multipliers)} multipliers need images of side {4 * 2 ** len(multipliers)}, got {image[1]}")
+        side = 4 * 2 ** len(multipliers)
+        if image[1] != side:
+            raise ValueError(f"{len(multipliers)} multipliers need images of side {side}, got {image[1]}")
         if z_dim < 1 or dim < 2 or sigma <= 0:
             raise ValueError(f"z_dim >= 1, dim >= 2 and sigma > 0 are needed, got {z_dim}, {dim} and {sigma}")
         self.kind, self.z_dim = kind, z_dim
@@ -80,8 +86,8 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(image[0], z_dim, dim, multipliers)
         self.log_sigma = nn.Parameter(torch.tensor(math.log(sigma)), requires_grad=False)
         if kind == "aae":
-            self.discriminator = nn.Sequential(nn.Linear(z_dim, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32), nn.LeakyReLU(0.2),
-                                               nn.Linear(32, 1))
+            self.discriminator = nn.Sequential(nn.Linear(z_dim, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32),
+                                               nn.LeakyReLU(0.2), nn.Linear(32, 1))
 
     def initialise(self, generator: torch.Generator) -> "Autoencoder":
         """Draw all weights from the generator (on the CPU, so that every device starts alike); returns self."""
@@ -120,15 +126,16 @@ def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, b
              lambda_: float = 1.0, kernel: str = "original", learn_sigma: bool = False) -> tuple:
     """The step of the model's kind and the state it changes: (step, {name: item}) for `train.fit`.
 
-    beta weighs the KL of the beta-VAE (1 in the VAE); alpha, lambda_ and kernel are the MMD-VAE's; learn_sigma trains the decoder's sigma.
-    The step takes uint8 images and returns loss, rec (per pixel, [-1,1] scale), kl (nats per image) and its own terms.
+    beta weighs the KL of the beta-VAE (1 in the VAE); alpha, lambda_ and kernel are the MMD-VAE's; learn_sigma trains
+    the decoder's sigma. The step takes uint8 images and returns loss, rec (per pixel, [-1, 1] scale), kl (nats per
+    image) and its own terms. Raises ValueError: lr not positive, or learn_sigma without a (beta-)VAE.
     """
     if learn_sigma and model.kind not in ("vae", "beta-vae"):
         raise ValueError(f"learn_sigma needs a vae or beta-vae, not {model.kind}")
     model.train().to(memory_format=torch.channels_last)
     model.log_sigma.requires_grad_(learn_sigma)
     beta = beta if model.kind == "beta-vae" else 1.0
-    optimizer = adam([*model.encoder.parameters(), *model.decoder.parameters(), *([model.log_sigma] if learn_sigma else [])], lr)
+    optimizer = adam([*model.encoder.parameters(), *model.decoder.parameters(), model.log_sigma], lr)
     state = {"model": model, "optimizer": optimizer, "generator": generator}
     if model.kind == "aae":
         state["discriminator_optimizer"] = adam(model.discriminator.parameters(), lr)
@@ -203,7 +210,8 @@ def decode(model: Autoencoder, z: Tensor, batch_size: int = 500) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Autoencoder, images: Tensor, generator: torch.Generator, batch_size: int = 500) -> dict[str, Tensor]:
+def evaluate(model: Autoencoder, images: Tensor, generator: torch.Generator,
+             batch_size: int = 500) -> dict[str, Tensor]:
     """Per-image terms on uint8 images [N, C, H, W], the network in evaluation mode, each [N] (z: [N, z_dim]).
 
     z: the code (a draw if variational); mse: per pixel on the [-1, 1] scale; if variational also kl: nats, and elbo:
@@ -225,7 +233,7 @@ def evaluate(model: Autoencoder, images: Tensor, generator: torch.Generator, bat
 
 
 def measure(model: Autoencoder, data: Dataset, generator: torch.Generator, n_train: int = 10_000) -> dict[str, dict]:
-    """Every metric of the work's chapter, on the test images; what is fitted is fitted on the first n_train training images.
+    """Every metric of the work's chapter, on the test images; what is fitted sees the first n_train training images.
 
     mse; best_sigma = sqrt(mean training mse), the sigma with the highest ELBO; if variational kl, elbo (at the model's
     sigma) and elbo_best_sigma; the MMD between codes and N(0, I) with both kernels; `code_statistics`.
@@ -246,10 +254,10 @@ def measure(model: Autoencoder, data: Dataset, generator: torch.Generator, n_tra
 
 
 def code_statistics(mean: Tensor, train_mean: Tensor, labels: Tensor, train_labels: Tensor) -> dict[str, dict]:
-    """What the pictures of the latent space show, in numbers, from test codes [n, d] and training codes [m, d] with labels.
+    """What the pictures of the latent space show, in numbers, from test codes [n, d] and labelled training ones [m, d].
 
-    code_centre: distance of the mean code from the origin; code_spread: root mean variance per dimension; code_radius_99:
-    99 % of the codes lie within it; knn_accuracy: test labels found by 10 nearest training codes (1 - overlap).
+    code_centre: distance of the mean code from the origin; code_spread: root mean variance per dimension;
+    code_radius_99: 99 % of the codes lie within it; knn_accuracy: test labels found by the 10 nearest training codes.
     """
     from sklearn.neighbors import KNeighborsClassifier
     mean, train_mean = mean.cpu(), train_mean.cpu()

@@ -1,7 +1,7 @@
 """Every figure of the book, in one style. Functions take plain tensors and return a matplotlib Figure.
 
-Colours are distinguishable with all common colour deficiencies (Okabe & Ito; ten classes: Paul Tol's `muted` plus grey),
-and no figure says anything by colour alone.
+Colours are distinguishable with all common colour deficiencies (Okabe & Ito; ten classes: Paul Tol's `muted` plus
+grey), and no figure says anything by colour alone.
 """
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,21 +18,22 @@ WIDTH = 7.2                                   # inches: the width of a page's te
 def use_style() -> None:
     """Set the book's matplotlib style; importing this module does it."""
     mpl.rcParams.update({
-        "figure.figsize": (WIDTH, 3.0), "figure.dpi": 100, "figure.constrained_layout.use": True, "savefig.facecolor": "white",
-        "figure.facecolor": "white", "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
-        "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6,
-        "axes.prop_cycle": mpl.cycler(color=PALETTE), "legend.frameon": False, "image.cmap": "gray", "axes.titlelocation": "left"})
+        "figure.figsize": (WIDTH, 3.0), "figure.dpi": 100, "figure.constrained_layout.use": True,
+        "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 10, "axes.titlesize": 10,
+        "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "lines.linewidth": 1.6,
+        "legend.frameon": False, "image.cmap": "gray", "axes.prop_cycle": mpl.cycler(color=PALETTE)})
 
 
 use_style()
 
 
 def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "") -> Figure:
-    """Training curves. panels: axis label -> {metric of the history: its name in the legend}; metrics not there are left out."""
+    """Training curves. panels: axis label -> {metric: its name in the legend}; absent metrics are left out."""
     shown = {label: {m: n for m, n in lines.items() if m in history} for label, lines in panels.items()}
     shown = {label: lines for label, lines in shown.items() if lines}
     fig, axes = plt.subplots(1, len(shown), figsize=(WIDTH, 2.7), squeeze=False)
-    for ax, (label, lines) in zip(axes[0], shown.items()):
+    for ax, (label, lines) in zip(axes[0], shown.items(), strict=True):
         for metric, name in lines.items():
             ax.plot(history["step"], history[metric], label=name)
         ax.set(xlabel="step", ylabel=label)
@@ -48,9 +49,11 @@ def image_grid(grid: Tensor, title: str = "", columns: int | None = None, xlabel
     """Images [rows, columns, C, S, S] in [0, 1] as one picture; a single column is wrapped to `columns` per row."""
     if columns:
         images = grid.flatten(0, 1)
-        grid = images[:len(images) // columns * columns].unflatten(0, (-1, columns)) if len(images) >= columns else images[None]
+        columns = min(columns, len(images))
+        grid = images[:len(images) // columns * columns].unflatten(0, (-1, columns))
     canvas = _canvas(grid)
-    fig, ax = plt.subplots(figsize=(width, width * canvas.shape[0] / canvas.shape[1] + (0.3 if title else 0) + (0.3 if xlabel else 0)))
+    height = width * canvas.shape[0] / canvas.shape[1] + 0.3 * bool(title) + 0.3 * bool(xlabel)
+    fig, ax = plt.subplots(figsize=(width, height))
     ax.imshow(canvas, vmin=0, vmax=1, interpolation="nearest")
     ax.set(xticks=[], yticks=[], title=title, xlabel=xlabel, ylabel=ylabel)
     ax.spines[:].set_visible(False)
@@ -70,15 +73,14 @@ def _canvas(grid: Tensor, gap: int = 2) -> np.ndarray:
 
 def latent_map(z: Tensor, labels: Tensor, names: tuple[str, ...], title: str = "", limit: float = 5.0, point=None,
                ax=None) -> Figure:
-    """Codes [n, 2] coloured by label [n], axes fixed to ±limit, each class named at its median; `point` marks one code."""
+    """Codes [n, 2] coloured by label [n], axes fixed to ±limit, each class named at its median; point marks a code."""
     fig = ax.figure if ax else None
     if ax is None:
         fig, ax = plt.subplots(figsize=(4.6, 4.6))
     z, labels = z.cpu().numpy(), labels.cpu().numpy()
-    for i, name in enumerate(names):
-        own = z[labels == i]
-        if len(own):
-            ax.scatter(*own.T, s=5, color=CLASSES[i % 10], marker=MARKERS[i % 10], alpha=0.5, linewidths=0, rasterized=True)
+    for i in range(len(names)):
+        ax.scatter(*z[labels == i].T, s=5 if len(z) > 2000 else 14, color=CLASSES[i % 10], marker=MARKERS[i % 10],
+                   alpha=0.5, linewidths=0, rasterized=True)
     for i, name in enumerate(names):
         if (labels == i).any():
             x, y = np.median(z[labels == i], axis=0).clip(-limit * 0.95, limit * 0.95)
@@ -99,4 +101,90 @@ def decoder_map(grid: Tensor, extent: float, title: str = "") -> Figure:
     fig, ax = plt.subplots(figsize=(4.6, 4.6))
     ax.imshow(canvas, vmin=0, vmax=1, extent=(-extent, extent, -extent, extent), interpolation="antialiased")
     ax.set(xlabel="$z_1$", ylabel="$z_2$", title=title)
+    return fig
+
+
+# ---------------------------------------------------------------------------- Gaussian mixture (lib/gmm.py)
+def gmm_maps(x: Tensor, states: Tensor, axis: Tensor, regions: Tensor, centres: dict[str, Tensor],
+             names: tuple[str, ...], points: int = 1000) -> Figure:
+    """A panel per title in `centres`: some points x [n, 2] by state [panels, n] over the regions of the states.
+
+    regions [panels, g * g] lie on the square of axis [g], x_1 slowest. Lines: the borders of the first panel;
+    markers: the centres [4, 2] of each panel, with a line to the first panel's. `names`: of the four states.
+    """
+    titles, centres = list(centres), [own.detach().cpu().numpy() for own in centres.values()]
+    x, states, axis = x.cpu().numpy(), states.cpu().numpy(), axis.cpu().numpy()
+    regions = regions.cpu().unflatten(1, (len(axis), len(axis))).mT.numpy()
+    shown = np.random.default_rng(0).permutation(len(x))[:points]
+    fig, axes = plt.subplots(1, len(titles), figsize=(WIDTH, 0.46 * WIDTH), sharex=True, sharey=True)
+    shades = mpl.colors.ListedColormap(PALETTE[:4])
+    for i, ax in enumerate(axes):
+        ax.pcolormesh(axis, axis, regions[i], cmap=shades, vmin=0, vmax=3, alpha=0.22, rasterized=True)
+        for k in range(4):
+            ax.contour(axis, axis, regions[0] == k, [0.5], colors="black", linewidths=0.8)
+            own = x[shown][states[i][shown] == k]
+            ax.scatter(*own.T, s=6, color=PALETTE[k], marker=MARKERS[k], alpha=0.4, linewidths=0)
+        _moved(ax, centres[0], centres[i])
+        ax.set(title=titles[i], xlabel="$x_1$", aspect="equal")
+    axes[0].set(ylabel="$x_2$", xlim=(axis[0], axis[-1]), ylim=(axis[0], axis[-1]))
+    handles = [plt.Line2D([], [], ls="", marker=MARKERS[k], c=PALETTE[k], label=f"z = {name}")
+               for k, name in enumerate(names)]
+    handles += [plt.Line2D([], [], c="black", lw=0.8, label="borders of the first panel")]
+    fig.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1.2, handletextpad=0.4)
+    return fig
+
+
+def _moved(ax, start: np.ndarray, centres: np.ndarray) -> None:
+    """The centres [4, 2] by state, each with a line to the dot where it started."""
+    for k in range(4):
+        ax.plot(*np.stack([start[k], centres[k]]).T, "-o", c="black", ms=3, lw=1.4, zorder=4)
+        ax.plot(*centres[k], MARKERS[k], ms=7, c=PALETTE[k], mec="black", mew=1, zorder=5)
+
+
+def gmm_drift(start: Tensor, centres: Tensor, names: tuple[str, ...]) -> Figure:
+    """How far each centre [4, 2] moved, and the quadrilateral of states 0, 1, 3, 2 before and after.
+
+    The posterior factorises over the bits exactly if the quadrilateral is a parallelogram.
+    """
+    start, centres = start.cpu().numpy(), centres.detach().cpu().numpy()
+    fig, ax = plt.subplots(figsize=(0.8 * WIDTH, 0.55 * WIDTH))
+    for corners, style in ((start, {"ls": "--", "c": "0.5", "label": "ground truth"}),
+                           (centres, {"ls": "-", "c": "0.2", "label": "after joint training"})):
+        ax.plot(*corners[[0, 1, 3, 2, 0]].T, lw=1.2, **style)
+    _moved(ax, start, centres)
+    for k, (x, y) in enumerate(centres.tolist()):
+        ax.annotate("", (x, y), start[k], arrowprops={"arrowstyle": "-|>", "fc": "black", "shrinkB": 3})
+        side = 1 if x > centres[:, 0].mean() else -1
+        ax.annotate(f"z = {names[k]}\nmoved {np.linalg.norm(centres[k] - start[k]):.2f}", (x, y), (14 * side, 0),
+                    textcoords="offset points", va="center", ha="left" if side > 0 else "right")
+    ax.set(title="Drift of the centres", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    ax.margins(0.45, 0.12)
+    fig.legend(loc="outside lower center", ncols=2)
+    return fig
+
+
+def gmm_curves(history: dict, switch: int, published: tuple[float, ...] = ()) -> Figure:
+    """ELBO and log evidence over both stages, nats per point; the band between them is KL(q || posterior).
+
+    history: step, elbo, evidence; switch: the last step of stage 1; published: the ELBO after each stage.
+    """
+    step, elbo, evidence = (np.array(history[name]) for name in ("step", "elbo", "evidence"))
+    shown = [*elbo[step > 0.3 * switch], *evidence, *published]
+    margin = 0.2 * (max(shown) - min(shown))
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.42 * WIDTH))
+    ax.fill_between(step, elbo, evidence, color=PALETTE[0], alpha=0.15, lw=0)
+    for line, colour, name, up in ((evidence, PALETTE[1], "log evidence", 1), (elbo, PALETTE[0], "ELBO", -1)):
+        ax.plot(step, line, c=colour)
+        ax.annotate(name, (0.6 * switch, np.interp(0.6 * switch, step, line)), (0, 5 * up), c=colour,
+                    textcoords="offset points", ha="center", va="bottom" if up > 0 else "top")
+    ax.axvline(switch, c="0.4", lw=1, ls=":")
+    for at, value in zip((switch, step[-1]), published, strict=False):
+        ax.plot(at, value, "*", ms=11, c="black", zorder=5, clip_on=False)
+        ax.annotate(f"published {value:.2f}".replace("-", "−"), (at, value), (-9, 0), ha="right", va="center",
+                    textcoords="offset points")
+    middles = 0.5 * switch, 0.5 * (switch + step[-1])
+    for at, name in zip(middles, ("stage 1: encoder", "stage 2: encoder and centres"), strict=True):
+        ax.text(at, 1.01, name, transform=ax.get_xaxis_transform(), va="bottom", ha="center")
+    ax.set(xlabel="step", ylabel="nats per point", xlim=(0, step[-1]),
+           ylim=(min(shown) - margin, max(shown) + margin))
     return fig

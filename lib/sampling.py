@@ -29,7 +29,7 @@ def sample(model: Autoencoder, n_samples: int, generator: torch.Generator, batch
 
 def interpolate(model: Autoencoder, n_samples: int, n_interpolate: int, generator: torch.Generator,
                 batch_size: int = 500) -> Tensor:
-    """n_interpolate points on the straight line between two random codes, both ends included: [n_samples, n_interpolate, …]."""
+    """n_interpolate points on the line between two random codes, ends included: [n_samples, n_interpolate, C, S, S]."""
     if n_interpolate < 2:
         raise ValueError(f"n_interpolate must be at least 2, got {n_interpolate}")
     start, end = _codes(model, n_samples, generator), _codes(model, n_samples, generator)
@@ -39,7 +39,7 @@ def interpolate(model: Autoencoder, n_samples: int, n_interpolate: int, generato
 
 def traverse(model: Autoencoder, n_samples: int, n_traverse: int, traverse_range: float, traverse_dim: int,
              generator: torch.Generator, batch_size: int = 500) -> Tensor:
-    """Random codes with dimension traverse_dim set to n_traverse values in ±traverse_range: [n_samples, n_traverse, …]."""
+    """Random codes, dimension traverse_dim set to n_traverse values in ±traverse_range: [n_samples, n_traverse, ...]."""
     if not 0 <= traverse_dim < model.z_dim:
         raise ValueError(f"traverse_dim must be between 0 and {model.z_dim - 1}, got {traverse_dim}")
     if n_traverse < 2 or traverse_range <= 0:
@@ -49,11 +49,12 @@ def traverse(model: Autoencoder, n_samples: int, n_traverse: int, traverse_range
     return _decode_rows(model, z, batch_size)
 
 
-def reconstruct(model: Autoencoder, images: Tensor, n_samples: int, generator: torch.Generator, batch_size: int = 500) -> Tensor:
+def reconstruct(model: Autoencoder, images: Tensor, n_samples: int, generator: torch.Generator,
+                batch_size: int = 500) -> Tensor:
     """n_samples random images (uint8 [N, C, S, S]) beside their reconstructions: [n_samples, 2, C, S, S].
 
-    The code is a draw from q(z|x) for a variational model, the mean otherwise (VAEs-Implementations draws in both cases,
-    from a variance that the AE and the AAE never train).
+    The code is a draw from q(z|x) for a variational model, the mean otherwise (VAEs-Implementations draws in both
+    cases, from a variance that the AE and the AAE never train).
     """
     if not 1 <= n_samples <= len(images):
         raise ValueError(f"n_samples must be between 1 and the {len(images)} images, got {n_samples}")
@@ -74,7 +75,7 @@ def visualize_latent(model: Autoencoder, images: Tensor, n_samples: int, generat
 
 
 def decoder_map(model: Autoencoder, extent: float, n: int) -> Tensor:
-    """Images on an n x n grid of z over ±extent, first row at the top (largest z_2): [n, n, C, S, S]; z_dim must be 2."""
+    """Images on an n x n grid of z over ±extent, the largest z_2 in the first row: [n, n, C, S, S]; z_dim must be 2."""
     device = next(model.parameters()).device
     axis = torch.linspace(-extent, extent, n, device=device)
     z = torch.stack(torch.meshgrid(axis.flip(0), axis, indexing="ij")[::-1], -1)
@@ -82,7 +83,7 @@ def decoder_map(model: Autoencoder, extent: float, n: int) -> Tensor:
 
 
 def save_images(grid: Tensor, folder: Path) -> int:
-    """Each row of a grid as one PNG, 0.png, 1.png, …; returns how many. Raises OSError if the folder cannot be written."""
+    """Each row of a grid as one PNG, 0.png, 1.png, ...; returns how many. OSError if the folder cannot be written."""
     from PIL import Image
     folder.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate((255 * grid).round().clamp(0, 255).to(torch.uint8).cpu()):

@@ -1,8 +1,8 @@
 """The training loop of the whole book: `fit(step, batches, ...)`.
 
-A step is `step(batch) -> {name: 0-d tensor}`: it runs forward, backward and the optimizer(s), with static shapes, no host
-synchronisation and noise from a torch.Generator only. `fit` owns the rest: batches, history, progress, checkpoints,
-exact resume, the stop on NaN. Only this file knows devices, precision and checkpoints.
+A step is `step(batch) -> {name: 0-d tensor}`: it runs forward, backward and the optimizer(s), with static shapes, no
+host synchronisation and noise from a torch.Generator only. `fit` owns the rest: batches, history, progress,
+checkpoints, exact resume, the stop on NaN. Only this file knows devices, precision and checkpoints.
 """
 import contextlib
 import hashlib
@@ -97,7 +97,8 @@ class Whole:
 
 # ------------------------------------------------------------------------------------------------ the loop
 def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | None = None, log_every: int = 50,
-        checkpoint_every: int = 1000, resume: str = "", numerics: str = "tf32", title: str = "training") -> dict[str, list]:
+        checkpoint_every: int = 1000, resume: str = "", numerics: str = "tf32",
+        title: str = "training") -> dict[str, list]:
     """Run `step` on batches 0 .. steps-1 and return the history {"step": [...], metric: [mean over the log window]}.
 
     state: name -> Module, Optimizer or torch.Generator: all that changes while training; it is what a checkpoint holds.
@@ -110,7 +111,8 @@ def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | 
     checkpoint), a checkpoint that is missing, corrupt or of another configuration, a disk that is full.
     """
     if steps < 0 or log_every < 1 or checkpoint_every < 1:
-        raise TrainError(f"steps must be >= 0, log_every and checkpoint_every >= 1, got {steps}, {log_every}, {checkpoint_every}")
+        raise TrainError("steps must be >= 0, log_every and checkpoint_every >= 1, "
+                         f"got {steps}, {log_every} and {checkpoint_every}")
     config = json.loads(json.dumps(config))
     done, history = load_checkpoint(_find(resume, folder), state, config) if resume else (0, {"step": []})
     window, names = [], None
@@ -139,7 +141,7 @@ def _log(history: dict, names: list[str], window: Tensor, step: int, folder: Pat
         raise TrainError(f"{names[column]} became {window[row, column].item()} at step {step - len(window) + row + 1}; "
                          + _last_good(folder) + "; lower the learning rate or look at the data")
     history["step"].append(step)
-    for name, mean in zip(names, window.mean(0).tolist()):
+    for name, mean in zip(names, window.mean(0).tolist(), strict=True):
         history.setdefault(name, []).append(mean)
 
 
@@ -185,8 +187,8 @@ def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config
         if "loss" in history and history["loss"][-1] <= best:
             write_atomic(folder / "best.safetensors", content)
     except OSError as error:
-        raise TrainError(f"cannot write the checkpoint of step {step} to {folder}: {error.strerror}; {_last_good(folder)}; "
-                         "free space or choose another folder, then resume") from None
+        raise TrainError(f"cannot write the checkpoint of step {step} to {folder}: {error.strerror}; "
+                         f"{_last_good(folder)}; free space or choose another folder, then resume") from None
 
 
 def load_checkpoint(path: Path, state: dict, config: dict | None = None) -> tuple[int, dict]:
@@ -242,7 +244,7 @@ def _restore(item, value) -> None:
 
 
 def _flatten(tree, path: str, tensors: dict):
-    """Nested dicts and lists with tensors -> the same with tensors moved to `tensors`, JSON-able (keys keep their type)."""
+    """Nested dicts and lists -> the same JSON-able, keys keeping their type; the tensors go to `tensors` by path."""
     if isinstance(tree, Tensor):
         tensors[path] = tree.detach().cpu().contiguous().clone()
         return {"tensor": path}

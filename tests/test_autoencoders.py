@@ -18,7 +18,8 @@ def count(module):
 
 def make(kind, dim=4, lr=1e-3, **options):
     """A small model of the kind with its step and state."""
-    model = autoencoders.Autoencoder(kind, (1, 32), dim=dim, sigma=options.pop("sigma", 1.0)).initialise(train.generator(1))
+    model = autoencoders.Autoencoder(kind, (1, 32), dim=dim, sigma=options.pop("sigma", 1.0))
+    model.initialise(train.generator(1))
     step, state = autoencoders.training(model, train.generator(2), lr, **options)
     return model, step, state
 
@@ -36,7 +37,8 @@ def test_initial_weights_have_the_works_deviations_and_depend_on_the_generator_o
     model = autoencoders.Autoencoder("vae", (1, 32)).initialise(train.generator(1))
     convolution, norm = model.encoder.trunk[-2], model.encoder.mean[1]
     assert convolution.weight.std().item() == pytest.approx(0.02, rel=0.02) and convolution.bias.abs().max() == 0
-    assert norm.weight.mean().item() == pytest.approx(1, abs=0.01) and norm.weight.std().item() == pytest.approx(0.02, rel=0.3)
+    assert norm.weight.mean().item() == pytest.approx(1, abs=0.01)
+    assert norm.weight.std().item() == pytest.approx(0.02, rel=0.3)
     again = autoencoders.Autoencoder("vae", (1, 32)).initialise(train.generator(1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -99,7 +101,8 @@ def test_the_test_elbo_is_the_distributions_own():
     torch.testing.assert_close(terms["elbo"], elbo, rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(autoencoders.elbo_at(0.4, terms["mse"], terms["kl"], 1024), elbo, rtol=1e-4, atol=1e-2)
     best = terms["mse"].mean().sqrt().item()
-    at = {s: autoencoders.elbo_at(s, terms["mse"], terms["kl"], 1024).mean().item() for s in (best, 0.95 * best, 1.05 * best, 1.0)}
+    at = {sigma: autoencoders.elbo_at(sigma, terms["mse"], terms["kl"], 1024).mean().item()
+          for sigma in (best, 0.95 * best, 1.05 * best, 1.0)}
     assert max(at, key=at.get) == best
 
 
@@ -138,7 +141,8 @@ def test_the_aae_alternates_reconstruction_discriminator_and_encoder():
     optimizer.zero_grad()
     z = hand.encoder(x)[0]
     normal = torch.randn(16, 2, generator=train.generator(2)).double()
-    disc = -(torch.sigmoid(hand.discriminator(normal)).log() + (1 - torch.sigmoid(hand.discriminator(z.detach()))).log()).mean() / 2
+    real, fake = torch.sigmoid(hand.discriminator(normal)), torch.sigmoid(hand.discriminator(z.detach()))
+    disc = -(real.log() + (1 - fake).log()).mean() / 2
     disc.backward()
     judge.step()
     adversarial = -torch.sigmoid(hand.discriminator(z)).log().mean()
@@ -163,7 +167,8 @@ def test_code_statistics_and_measure():
     labels = torch.tensor([0, 1]).repeat(20)
     found = autoencoders.code_statistics(mean, mean, labels, labels)
     assert found["code_centre"]["value"] == pytest.approx(2) and found["code_radius_99"]["value"] == pytest.approx(3)
-    assert found["code_spread"]["value"] == pytest.approx(math.sqrt(40 / 39 / 2), rel=1e-5) and found["knn_accuracy"]["value"] == 1
+    assert found["code_spread"]["value"] == pytest.approx(math.sqrt(40 / 39 / 2), rel=1e-5)
+    assert found["knn_accuracy"]["value"] == 1
     names = {kind: set(autoencoders.measure(make(kind)[0], IMAGES, train.generator(1), 100)) for kind in ("ae", "vae")}
     assert names["vae"] - names["ae"] == {"kl", "elbo", "elbo_best_sigma", "sigma"}
 

@@ -41,8 +41,8 @@ def line(steps=20, spoil=None, config=None, **options):
         return {"loss": loss}
 
     options = {"log_every": 2, "checkpoint_every": 4} | options
-    history = train.fit(step, train.Shuffled(torch.ones(8), 4, seed=0), steps=steps, state={"model": model, "optimizer": optimizer},
-                        config=config or {}, **options)
+    history = train.fit(step, train.Shuffled(torch.ones(8), 4, seed=0), steps=steps,
+                        state={"model": model, "optimizer": optimizer}, config=config or {}, **options)
     return history, model
 
 
@@ -79,7 +79,8 @@ def test_a_checkpoint_without_the_noise_would_not_resume_exactly(tmp_path):
     for forget in ((), ("generator",), ("optimizer",)):
         model = killed_training.autoencoders.Autoencoder("vae", (1, 32), dim=4).initialise(train.generator(3))
         step, state = killed_training.autoencoders.training(model, train.generator(4), learn_sigma=True)
-        done, _ = train.load_checkpoint(tmp_path / "latest.safetensors", {k: v for k, v in state.items() if k not in forget})
+        kept = {name: item for name, item in state.items() if name not in forget}
+        done, _ = train.load_checkpoint(tmp_path / "latest.safetensors", kept)
         for t in range(done, done + 4):
             step(train.Shuffled(images, 16, seed=5).batch(t))
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
@@ -107,7 +108,8 @@ def test_a_metric_that_is_not_finite_stops_with_step_metric_and_last_good_checkp
     def spoil(t, model):
         if t == 10:
             model.w.data.fill_(float("nan"))
-    with pytest.raises(train.TrainError, match=r"loss became nan at step 11; the last good checkpoint is .*latest.safetensors \(step 8\)"):
+    told = r"loss became nan at step 11; the last good checkpoint is .*latest.safetensors \(step 8\)"
+    with pytest.raises(train.TrainError, match=told):
         line(20, spoil, folder=tmp_path)
     assert load_file(tmp_path / "latest.safetensors")["model/w"].isfinite()
 
@@ -116,7 +118,8 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     model = Line()
     model.w.data.fill_(float("inf"))
     with pytest.raises(train.TrainError, match="model/w is not finite after step 4; no checkpoint was written before"):
-        train.fit(lambda x: {"loss": torch.zeros(())}, train.Whole(torch.ones(1)), steps=4, state={"model": model}, config={}, folder=tmp_path)
+        train.fit(lambda x: {"loss": torch.zeros(())}, train.Whole(torch.ones(1)), steps=4, state={"model": model},
+                  config={}, folder=tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -146,7 +149,8 @@ def test_a_full_disk_names_the_step_and_keeps_the_older_checkpoint(tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(train, "write_atomic", full)
-    with pytest.raises(train.TrainError, match=r"step 8 to .*No space left on device; the last good checkpoint .*step 4"):
+    told = r"step 8 to .*No space left on device; the last good checkpoint .*step 4"
+    with pytest.raises(train.TrainError, match=told):
         line(8, folder=tmp_path, resume="latest")
 
 
@@ -193,6 +197,7 @@ def test_asking_for_a_gpu_that_is_not_there_is_a_clear_error():
 
 
 def test_generators_differ_by_seed_and_by_use():
-    draws = [torch.randn(4, generator=train.generator(seed, use=use)) for seed in (1, 2, 1 + 2 ** 32) for use in ("noise", "weights")]
+    draws = [torch.randn(4, generator=train.generator(seed, use=use))
+             for seed in (1, 2, 1 + 2 ** 32) for use in ("noise", "weights")]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
     assert torch.equal(torch.randn(4, generator=train.generator(1)), draws[0])
