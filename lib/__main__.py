@@ -2,7 +2,7 @@
 import argparse
 import sys
 
-from lib import data, runs
+from lib import runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return options.act(options) or 0
-    except (runs.RunError, data.DataError) as error:
+    except runs.RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -23,10 +23,10 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     run = actions.add_parser("run", help="execute a notebook with parameters into a run folder",
-                             description="Execute a notebook with checked parameters. A run that was interrupted goes on from "
-                             "its last checkpoint; one that is complete is not repeated without --again.")
+                             description="Execute a notebook with checked parameters. A run that was interrupted "
+                             "goes on from its last checkpoint; one that is complete is not repeated without --again.")
     run.add_argument("notebook", nargs="?", help="name of the notebook, e.g. gmm")
-    run.add_argument("--list", action="store_true", help="print every notebook, parameter, type, default, help and preset")
+    run.add_argument("--list", action="store_true", help="print every notebook, its parameters and presets")
     run.add_argument("--preset", default="", help="named parameters of notebooks/presets.yml: paper, cpu, ...")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set one parameter (repeatable)")
     run.add_argument("--seed", help="short for --set seed=N")
@@ -75,14 +75,17 @@ def _record(options) -> int:
 
 
 def _data(options) -> int:
-    if options.fetch:
-        if options.fetch not in data.SOURCES:
-            raise data.DataError(f"unknown data set {options.fetch!r}: known are {', '.join(data.SOURCES)}")
-        print(f"{options.fetch} is in {data.fetch(options.fetch)}" if data.SOURCES[options.fetch].files
-              else f"{options.fetch} is embedded: nothing to fetch")
+    from lib import data  # imports torch: slow
+
+    if not options.fetch:
+        for row in data.listing():
+            print("\n".join([row.pop("name"), *(f"  {key:8} {value}" for key, value in row.items())]))
         return 0
-    for row in data.listing():
-        print("\n".join([row.pop("name"), *(f"  {key:8} {value}" for key, value in row.items())]))
+    try:
+        folder = data.fetch(options.fetch)
+    except data.DataError as error:
+        raise runs.RunError(str(error)) from None
+    print(f"{options.fetch} is in {folder}" if folder else f"{options.fetch} is embedded: nothing to fetch")
     return 0
 
 

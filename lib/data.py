@@ -9,8 +9,10 @@ import os
 import socket
 import struct
 import tempfile
+import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +57,12 @@ class Source:
     size: str
 
 
-_IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+_IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
+        "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 
 
 def _idx_files(folder: str, *digests: str) -> dict[str, str]:
-    return {f"{folder}/raw/{name}": digest for name, digest in zip(_IDX, digests)}
+    return {f"{folder}/raw/{name}": digest for name, digest in zip(_IDX, digests, strict=True)}
 
 
 SOURCES = {
@@ -75,9 +78,11 @@ SOURCES = {
                    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
                    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
                    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"), "31 MB"),
-    "digits": Source("handwritten digits 8x8 (scikit-learn), 1,437 train + 360 test", "CC BY 4.0", "embedded", {}, "in memory"),
-    "shapes": Source("generated 64x64 RGB scenes with known factors, 4,096 train + 512 test", "as the book", "embedded", {},
-                     "in memory"),
+    "digits": Source(
+        "handwritten digits 8x8 (scikit-learn), 1,437 train + 360 test", "CC BY 4.0", "embedded", {}, "in memory"),
+    "shapes": Source(
+        "generated 64x64 RGB scenes with known factors, 4,096 train + 512 test", "as the book", "embedded", {},
+        "in memory"),
 }
 
 
@@ -86,14 +91,18 @@ def load(name: str, size: int | None = None) -> Dataset:
 
     Raises DataError: unknown name, file missing and not downloadable, or corrupt.
     """
-    if name not in SOURCES:
-        raise DataError(f"unknown data set {name!r}: known are {', '.join(SOURCES)}")
+    _known(name)
     if size is not None and size < 1:
         raise DataError(f"image size must be at least 1 pixel, got {size}")
     data = _load(name)
     if size is None or size == data.train.shape[-1]:
         return data
     return Dataset(**{**vars(data), "train": resize(data.train, size), "test": resize(data.test, size)})
+
+
+def _known(name: str) -> None:
+    if name not in SOURCES:
+        raise DataError(f"unknown data set {name!r}: known are {', '.join(SOURCES)}")
 
 
 @lru_cache(maxsize=2)
@@ -109,9 +118,9 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ files
 def folders() -> list[Path]:
-    """Where files are looked for, in order: $VAEBOOK_DATA (if set), then data/ in the checkout."""
+    """Where files are looked for, in order: $VAEBOOK_DATA (if set), then data/; relative to the checkout."""
     named = os.environ.get("VAEBOOK_DATA")
-    return ([Path(named).expanduser()] if named else []) + [root() / "data"]
+    return ([root() / Path(named).expanduser()] if named else []) + [root() / "data"]
 
 
 def find(name: str) -> Path | None:
@@ -120,78 +129,98 @@ def find(name: str) -> Path | None:
     return next((f for f in folders() if files and all((f / file).is_file() for file in files)), None)
 
 
-def read_checked(path: Path, sha256: str) -> bytes:
-    """The file's bytes; DataError if its SHA-256 is another one."""
-    content = path.read_bytes()
+def read_checked(name: str, folder: Path, file: str) -> bytes:
+    """The bytes of one file of the data set `name`; DataError if it cannot be read or its SHA-256 is another one."""
+    expected = SOURCES[name].files[file]
+    try:
+        content = (folder / file).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {folder / file}: {error.strerror}; {_instead(name)}") from None
     found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise DataError(f"{path} is corrupt (SHA-256 {found[:12]}…, expected {sha256[:12]}…): delete it and fetch it again")
+    if found != expected:
+        raise DataError(f"{folder / file} is corrupt (SHA-256 {found[:12]}…, expected {expected[:12]}…): "
+                        f"delete it, then `{SOURCES[name].how}`; {_instead(name)}")
     return content
 
 
-def fetch(name: str) -> Path:
-    """Download the files of `name` into the first data folder, checked; returns the folder.
+def fetch(name: str) -> Path | None:
+    """Download the files of `name` into the first data folder, checked; returns the folder, None if it needs none.
 
-    Raises DataError when offline, when the folder cannot be written or when a checksum fails.
+    Raises DataError: unknown name, no network, a folder that cannot be written, a file there already that is corrupt.
     """
-    source, folder = SOURCES[name], folders()[0]
-    if found := find(name):
-        return found
-    import torchvision.datasets as tv                   # slow to import: only when something is to be downloaded
-    from torchvision.datasets.utils import download_url
-    mirrors = {"mnist": tv.MNIST, "fashionmnist": tv.FashionMNIST}[name].mirrors
-    for file, sha256 in source.files.items():
-        target = folder / file
-        if not target.is_file():
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _download(download_url, mirrors, target, sha256)
-            except (OSError, RuntimeError) as error:
-                raise DataError(_missing(name, error)) from None
+    _known(name)
+    if not SOURCES[name].files:
+        return None
+    folder = find(name) or folders()[0]
+    for file, sha256 in SOURCES[name].files.items():
+        if (folder / file).is_file():
+            read_checked(name, folder, file)
+            continue
+        try:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            _download(_mirrors(name), folder / file, sha256)
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise DataError(_missing(name, error)) from None
     return folder
 
 
-def _download(download_url, mirrors: list[str], target: Path, sha256: str) -> None:
+def _mirrors(name: str) -> list[str]:
+    from torchvision import datasets  # slow to import: only when something is to be downloaded
+
+    return {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name].mirrors
+
+
+def _download(mirrors: list[str], target: Path, sha256: str) -> None:
+    """Get one file from the first mirror that has the right one; the last mirror's error if none has."""
+    from torchvision.datasets.utils import download_url
+
     socket.setdefaulttimeout(30)
     failure = None
     for mirror in mirrors:
         with tempfile.TemporaryDirectory(dir=target.parent) as part:       # same file system: the rename is atomic
             try:
                 download_url(mirror + target.name, part, target.name)
-            except (OSError, RuntimeError) as error:
+                if hashlib.sha256(Path(part, target.name).read_bytes()).hexdigest() != sha256:
+                    raise OSError(f"{mirror} gave another file, by its SHA-256")
+                os.replace(Path(part, target.name), target)
+                return
+            except (OSError, RuntimeError, HTTPException) as error:
                 failure = error
-                continue
-            read_checked(Path(part, target.name), sha256)
-            os.replace(Path(part, target.name), target)
-            return
     raise failure
 
 
 def _missing(name: str, error: Exception) -> str:
-    looked = ", ".join(f"{folder}/{next(iter(SOURCES[name].files))}" for folder in folders())
-    instead = "digits" if "mnist" in name else "shapes"
-    return (f"data set {name} is not here (looked for {looked}) and could not be downloaded ({error}): run "
-            f"`{SOURCES[name].how}` with a network, or set VAEBOOK_DATA to a folder that has it; "
-            f"the embedded data set {instead!r} runs without either")
+    files = SOURCES[name].files
+    absent = [next(folder / file for file in files if not (folder / file).is_file()) for folder in folders()]
+    return (f"data set {name} is not here (looked for {', '.join(map(str, absent))}) and could not be downloaded "
+            f"({error}): run `{SOURCES[name].how}` with a network, or set VAEBOOK_DATA to a folder that has it; "
+            f"{_instead(name)}")
 
 
-def _read_idx(path: Path, sha256: str) -> Tensor:
-    """An IDX file (gzip) of unsigned bytes -> uint8 tensor."""
-    content = read_checked(path, sha256)
+def _instead(name: str) -> str:
+    return f"the embedded data set {'digits' if 'mnist' in name else 'shapes'!r} needs no file"
+
+
+def _read_idx(name: str, folder: Path, file: str) -> Tensor:
+    """A gzipped IDX file of unsigned bytes -> uint8 tensor."""
+    content = read_checked(name, folder, file)
     try:
         raw = gzip.decompress(content)
         dims = struct.unpack(f">{raw[3]}I", raw[4:4 + 4 * raw[3]])
         return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims).copy())
-    except (OSError, EOFError, ValueError, struct.error) as error:
-        raise DataError(f"{path} cannot be read as an IDX file: {error}") from None
+    except (OSError, EOFError, zlib.error, ValueError, IndexError, struct.error) as error:
+        raise DataError(f"{folder / file} cannot be read as an IDX file ({error}); {_instead(name)}") from None
 
 
 def _mnist_like(name: str) -> Dataset:
     folder = find(name) or fetch(name)
-    x, y, x_test, y_test = (_read_idx(folder / file, digest) for file, digest in SOURCES[name].files.items())
-    digest = hashlib.sha256("".join(SOURCES[name].files.values()).encode()).hexdigest()
+    x, y, x_test, y_test = (_read_idx(name, folder, file) for file in SOURCES[name].files)
     names = DIGITS if name == "mnist" else GARMENTS
-    return Dataset(name, x[:, None], x_test[:, None], y.long(), y_test.long(), names, digest)
+    return Dataset(name, x[:, None], x_test[:, None], y.long(), y_test.long(), names, _digest_of_files(name))
+
+
+def _digest_of_files(name: str) -> str:
+    return hashlib.sha256("".join(SOURCES[name].files.values()).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ embedded
@@ -214,7 +243,8 @@ def shapes(n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     rng = np.random.default_rng(seed)
     draw = {"shape": rng.integers(0, 3, n).astype(np.float32), **{
         name: rng.uniform(low, high, n).astype(np.float32) for name, low, high in (
-            ("x", -0.5, 0.5), ("y", -0.5, 0.5), ("radius", 0.2, 0.45), ("angle", 0, 2 * np.pi), ("hue", 0, 1), ("ground", 0, 1))}}
+            ("x", -0.5, 0.5), ("y", -0.5, 0.5), ("radius", 0.2, 0.45), ("angle", 0, 2 * np.pi),
+            ("hue", 0, 1), ("ground", 0, 1))}}
     factors = {name: torch.from_numpy(value) for name, value in draw.items()}
     return torch.cat([_draw({k: v[i:i + 256] for k, v in factors.items()}) for i in range(0, n, 256)]), factors
 
@@ -225,9 +255,9 @@ def _draw(f: dict[str, Tensor]) -> Tensor:
     cos, sin, r = (v[:, None, None] for v in (f["angle"].cos(), f["angle"].sin(), f["radius"]))
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
     corners = torch.tensor([0.0, 2.0944, 4.1888])              # the triangle is the meet of three half-planes
+    sides = u * corners.cos()[:, None, None, None] + v * corners.sin()[:, None, None, None]
     distance = torch.stack([torch.maximum(u.abs(), v.abs()) - 0.8 * r, (u * u + v * v).sqrt() - r,
-                            (u[None] * corners.cos()[:, None, None, None] + v[None] * corners.sin()[:, None, None, None]).amax(0)
-                            - 0.6 * r])
+                            sides.amax(0) - 0.6 * r])
     inside = (0.5 - 32 * distance[f["shape"].long(), torch.arange(len(r))]).clamp(0, 1)[:, None]
     image = inside * _colour(f["hue"], 0.95) + (1 - inside) * _colour(f["ground"], 0.45)
     return (255 * image).round().to(torch.uint8)
@@ -242,7 +272,8 @@ def _colour(hue: Tensor, value: float) -> Tensor:
 
 def _shapes() -> Dataset:
     (x, train), (x_test, test) = shapes(4096, seed=0), shapes(512, seed=1)
-    return Dataset("shapes", x, x_test, train["shape"].long(), test["shape"].long(), SHAPES, _digest(torch.cat([x, x_test])),
+    labels, test_labels = train["shape"].long(), test["shape"].long()
+    return Dataset("shapes", x, x_test, labels, test_labels, SHAPES, _digest(torch.cat([x, x_test])),
                    {"train": train, "test": test})
 
 
@@ -251,19 +282,19 @@ def _digest(images: Tensor) -> str:
 
 
 def listing() -> list[dict[str, str]]:
-    """One row per data set for `python -m lib data`: name, what, where it is, size, checksum, licence, how to get it."""
+    """One row per data set for `python -m lib data`: name, what, where, size, checksum, licence, how to get it."""
     rows = []
     for name, source in SOURCES.items():
         folder = find(name)
         state = "embedded" if not source.files else "missing"
         if folder:
             try:
-                for file, digest in source.files.items():
-                    read_checked(folder / file, digest)
+                for file in source.files:
+                    read_checked(name, folder, file)
                 state = f"present in {folder}"
-            except (DataError, OSError) as error:
+            except DataError as error:
                 state = str(error)
-        digest = hashlib.sha256("".join(source.files.values()).encode()).hexdigest()[:16] if source.files else "generated"
+        digest = _digest_of_files(name)[:16] if source.files else "generated"
         rows.append({"name": name, "what": source.what, "state": state, "size": source.size, "sha256": digest,
                      "licence": source.licence, "get it": source.how})
     return rows

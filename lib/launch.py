@@ -1,13 +1,14 @@
 """`python -m lib run` and `record`: papermill with checked parameters, a time limit, one retry, resume."""
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
-import signal
 import sys
+import threading
 from pathlib import Path
 
-from lib import root, runs
+from lib import root, runs, write_atomic
 
 
 def describe() -> str:
@@ -29,6 +30,8 @@ def run(experiment: str, preset: str, changes: dict, out: str | None = None, tim
     The folder's results.json is written last, so it tells a complete run; such a run is not repeated unless `again`.
     An interrupted one resumes from its checkpoint. Raises RunError for every foreseen failure.
     """
+    if not timeout > 0 or (threads is not None and threads < 1):
+        raise runs.RunError(f"--timeout and --threads must be positive, got {timeout:g} and {threads}")
     values = _values(experiment, preset, changes)
     name = runs.name_of(experiment, preset, values)
     folder = Path(out).resolve() if out else root() / "runs" / experiment / name
@@ -36,24 +39,35 @@ def run(experiment: str, preset: str, changes: dict, out: str | None = None, tim
     runs.make_folder(folder)
     with _lock(folder):
         if results.is_file() and not again:
-            return f"{_shown(folder)} is complete ({runs.read(results)['date']}); --again repeats it"
-        if again:
-            for file in folder.glob("*"):
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            return _complete(folder, runs.read(results), experiment, values)
+        for file in [folder / "results.json.pending", *([results, *folder.glob("*.safetensors")] if again else [])]:
+            file.unlink(missing_ok=True)
         if "resume" in values and not values["resume"] and (folder / "latest.safetensors").is_file():
             values["resume"] = "latest"
-        environment = {"VAEBOOK_RUN": str(folder), "VAEBOOK_PRESET": preset}
-        if threads:
+        environment = {"VAEBOOK_RUN": str(folder), "VAEBOOK_PRESET": preset, "MPLBACKEND": None}  # it hides figures
+        if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         with _environment(environment):
             _execute(experiment, values, folder, timeout)
         try:
             os.replace(folder / "results.json.pending", results)
         except FileNotFoundError:
-            raise runs.RunError(f"{experiment} ended without run.save(): nothing to record in {_shown(folder)}") from None
+            raise runs.RunError(f"{experiment} ended without run.save(): no result in {_shown(folder)}") from None
     found = runs.read(results)
     metrics = ", ".join(f"{key} {metric['value']:.4g} {metric['unit']}" for key, metric in found["metrics"].items())
     return f"{_shown(folder)}: {metrics} ({found['wall_time_s']} s)"
+
+
+def _complete(folder: Path, found: dict, experiment: str, values: dict) -> str:
+    """One line about a complete run. RunError if it is another one (--out, or defaults that changed since)."""
+    other = [f"{name} {found['parameters'].get(name)!r}, now {value!r}" for name, value in values.items()
+             if name not in runs.HOUSEKEEPING and found["parameters"].get(name) != value]
+    if found["experiment"] != experiment:
+        other = [f"experiment {found['experiment']!r}, now {experiment!r}"]
+    if other:
+        raise runs.RunError(f"{_shown(folder)} holds a complete run with {'; '.join(other)}: choose another --out, or "
+                            "replace it with --again")
+    return f"{_shown(folder)} is complete ({found['date']}); --again repeats it"
 
 
 def _values(experiment: str, preset: str, changes: dict) -> dict:
@@ -65,60 +79,80 @@ def _values(experiment: str, preset: str, changes: dict) -> dict:
 
 
 def _execute(experiment: str, values: dict, folder: Path, timeout: float) -> None:
-    """Papermill with one retry if the kernel dies or does not start. RunError with the notebook's own last line."""
-    from nbclient.exceptions import DeadKernelError
+    """Papermill with one retry if the kernel dies or does not start. RunError with the notebook's own complaint."""
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
-    for attempt in (1, 2):
-        try:
-            with _time_limit(timeout):
-                execute_notebook(str(runs.notebook_path(experiment)), str(folder / "notebook.ipynb"), values,
-                                 kernel_name="python3", cwd=str(root() / "notebooks"), progress_bar=False, log_output=False)
-            return
-        except PapermillExecutionError as error:
-            raise runs.RunError(f"{experiment} stopped with {error.ename}: {error.evalue}") from None
-        except TimeoutError:
-            _kill_children()
-            raise runs.RunError(f"{experiment} reached the time limit of {timeout:g} s: the same command goes on from the last "
-                                "checkpoint, --timeout raises the limit") from None
-        except (DeadKernelError, RuntimeError) as error:
-            _kill_children()
-            if attempt == 2:
-                raise runs.RunError(f"{experiment}: the kernel died twice ({error}): is there enough memory?") from None
-            print(f"the kernel died ({error}): once more", file=sys.stderr)
-            if "resume" in values and (folder / "latest.safetensors").is_file():
-                values["resume"] = "latest"
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)      # what it and the kernel log is said here, in a line
+    arguments = {"kernel_name": "python3", "language": "python", "cwd": root() / "notebooks", "progress_bar": False,
+                 "iopub_timeout": 60, "extra_arguments": ["--log-level=50"]}
+    with _time_limit(timeout) as expired:
+        for attempt in (1, 2):
+            try:
+                execute_notebook(runs.notebook_path(experiment), folder / "notebook.ipynb", values, **arguments)
+                return
+            except PapermillExecutionError as error:
+                raise runs.RunError(_complaint(experiment, error, folder)) from None
+            except (RuntimeError, OSError) as error:
+                if expired.is_set():
+                    then = "goes on from the last checkpoint" if "resume" in values else "starts it again"
+                    raise runs.RunError(f"{experiment} reached the time limit of {timeout:g} s: the same command "
+                                        f"{then}, --timeout raises the limit") from None
+                if isinstance(error, OSError):
+                    raise runs.RunError(f"{experiment} cannot be executed in {_shown(folder)}: {error}") from None
+                if attempt == 2:
+                    raise runs.RunError(f"{experiment}: the kernel died twice ({error}): too little memory?") from None
+                print(f"the kernel died ({error}): once more", file=sys.stderr)
+                if "resume" in values and (folder / "latest.safetensors").is_file():
+                    values["resume"] = "latest"
+
+
+def _complaint(experiment: str, error, folder: Path) -> str:
+    """One line from a papermill error: the message alone if it is one of this book's, else also where it came from."""
+    line = (str(error.evalue).splitlines() or [""])[0]
+    if error.ename in ("RunError", "DataError", "TrainError"):
+        return f"{experiment}: {line}"
+    where = _shown(folder / "notebook.ipynb")
+    return f"{experiment} stopped in cell [{error.exec_count}] with {error.ename}: {line} (see {where})"
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float):
-    def stop(signum, frame):
-        raise TimeoutError
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    """Kill the kernels that the body starts once the time is up; yields an event that is set then.
 
-
-def _kill_children() -> None:
+    The body finds its kernel dead; an exception raised into it by a signal might get lost in papermill's event loop.
+    """
     import psutil
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+    over, expired = threading.Event(), threading.Event()
+    spared = set(psutil.Process().children(recursive=True))
+
+    def watch():
+        if not over.wait(min(seconds, threading.TIMEOUT_MAX)):
+            expired.set()
+            while not over.wait(0.5):
+                for child in set(psutil.Process().children(recursive=True)) - spared:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield expired
+    finally:
+        over.set()
+        watcher.join()
 
 
 @contextlib.contextmanager
 def _environment(values: dict):
+    """Set environment variables for the body's children; None unsets."""
+    def put(values):
+        for name, value in values.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    put(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        put(before)
 
 
 @contextlib.contextmanager
@@ -127,7 +161,7 @@ def _lock(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise runs.RunError(f"another process is running in {_shown(folder)}: wait for it or choose --out") from None
+            raise runs.RunError(f"another process runs in {_shown(folder)}: wait for it or choose --out") from None
         yield
 
 
@@ -145,9 +179,15 @@ def record(folder: str) -> str:
     if found["git"]["dirty"] or found["git"]["commit"] == "unknown":
         raise runs.RunError(f"{folder} was made by uncommitted code: commit, run again, then record")
     target = root() / "book" / "results" / found["experiment"] / found["run"]
+    if absent := [name for name in found["figures"] if not (source / name).is_file()]:
+        raise runs.RunError(f"{folder} is not complete: {', '.join(absent)} is missing; run it with --again first")
     if (target / "results.json").is_file() and runs.read(target / "results.json")["metrics"] != found["metrics"]:
         raise runs.RunError(f"{_shown(target)} is recorded with other numbers: delete it first if it is to be replaced")
-    target.mkdir(parents=True, exist_ok=True)
-    for name in [*found["figures"], "results.json"]:
-        shutil.copyfile(source / name, target / name)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in found["figures"]:
+            shutil.copyfile(source / name, target / name)
+        write_atomic(target / "results.json", (source / "results.json").read_bytes())
+    except OSError as error:
+        raise runs.RunError(f"cannot write to {_shown(target)}: {error.strerror or error}") from None
     return f"recorded {_shown(target)}"

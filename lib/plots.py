@@ -44,6 +44,21 @@ def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "") ->
     return fig
 
 
+def compare(found: list[dict], metric: str, ylabel: str, by: list[str]) -> Figure:
+    """One curve per run record that has the metric in its history, named at the right by its parameters `by`."""
+    fig, ax = plt.subplots(figsize=(WIDTH, 3.0))
+    shown = [record for record in found if metric in record.get("history", {})]
+    for i, record in enumerate(sorted(shown, key=lambda record: -record["history"][metric][-1])):
+        label = ", ".join(str(record["parameters"][name]) for name in by)
+        ax.plot(record["history"]["step"], record["history"][metric], color=PALETTE[i % len(PALETTE)],
+                linestyle=("-", "--")[i // len(PALETTE) % 2], linewidth=1.2, label=label)
+    low, high = (f([v for record in shown for v in record["history"][metric][len(record["history"]["step"]) // 20:]])
+                 for f in (min, max))
+    ax.set(xlabel="step", ylabel=ylabel, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    fig.legend(loc="outside right center", title=", ".join(by))
+    return fig
+
+
 def image_grid(grid: Tensor, title: str = "", columns: int | None = None, xlabel: str = "", ylabel: str = "",
                width: float = WIDTH) -> Figure:
     """Images [rows, columns, C, S, S] in [0, 1] as one picture; a single column is wrapped to `columns` per row."""
@@ -144,7 +159,7 @@ def _moved(ax, start: np.ndarray, centres: np.ndarray) -> None:
 def gmm_drift(start: Tensor, centres: Tensor, names: tuple[str, ...]) -> Figure:
     """How far each centre [4, 2] moved, and the quadrilateral of states 0, 1, 3, 2 before and after.
 
-    The posterior factorises over the bits exactly if the quadrilateral is a parallelogram.
+    In a parallelogram the bits' interaction in the posterior no longer depends on x; in a rectangle there is none.
     """
     start, centres = start.cpu().numpy(), centres.detach().cpu().numpy()
     fig, ax = plt.subplots(figsize=(0.8 * WIDTH, 0.55 * WIDTH))
@@ -173,18 +188,20 @@ def gmm_curves(history: dict, switch: int, published: tuple[float, ...] = ()) ->
     margin = 0.2 * (max(shown) - min(shown))
     fig, ax = plt.subplots(figsize=(WIDTH, 0.42 * WIDTH))
     ax.fill_between(step, elbo, evidence, color=PALETTE[0], alpha=0.15, lw=0)
-    for line, colour, name, up in ((evidence, PALETTE[1], "log evidence", 1), (elbo, PALETTE[0], "ELBO", -1)):
-        ax.plot(step, line, c=colour)
-        ax.annotate(name, (0.6 * switch, np.interp(0.6 * switch, step, line)), (0, 5 * up), c=colour,
-                    textcoords="offset points", ha="center", va="bottom" if up > 0 else "top")
     ax.axvline(switch, c="0.4", lw=1, ls=":")
-    for at, value in zip((switch, step[-1]), published, strict=False):
-        ax.plot(at, value, "*", ms=11, c="black", zorder=5, clip_on=False)
-        ax.annotate(f"published {value:.2f}".replace("-", "−"), (at, value), (-9, 0), ha="right", va="center",
-                    textcoords="offset points")
     middles = 0.5 * switch, 0.5 * (switch + step[-1])
+    for line, colour, name, at, (right, up) in ((evidence, PALETTE[1], "log evidence", middles[0], (0, 10)),
+                                                (elbo, PALETTE[0], "ELBO", middles[1], (16, -8))):
+        ax.plot(step, line, c=colour)
+        ax.annotate(name, (at, np.interp(at, step, line)), (right, up), c=colour, textcoords="offset points",
+                    ha="center", va="center")
     for at, name in zip(middles, ("stage 1: encoder", "stage 2: encoder and centres"), strict=True):
         ax.text(at, 1.01, name, transform=ax.get_xaxis_transform(), va="bottom", ha="center")
+    if published:
+        values = ", ".join(f"{value:.2f}".replace("-", "−") for value in published)
+        ax.plot((switch, step[-1]), published, "*", ms=11, c="black", zorder=5, clip_on=False,
+                label=f"published ELBO: {values}")
+        ax.legend(loc="lower right")
     ax.set(xlabel="step", ylabel="nats per point", xlim=(0, step[-1]),
            ylim=(min(shown) - margin, max(shown) + margin))
     return fig

@@ -4,6 +4,7 @@ In a notebook: `run = runs.start("gmm", globals())` after the parameters cell, `
 Working runs live in runs/<experiment>/<run>/ (not committed); recorded ones in book/results/<experiment>/<run>/.
 """
 import ast
+import contextlib
 import datetime
 import difflib
 import hashlib
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -26,8 +28,10 @@ import yaml
 from lib import root, write_atomic
 
 SCHEMA = 1
+NEEDED = {"schema", "experiment", "run", "parameters", "metrics", "reduced", "git", "command", "date", "figures",
+          "wall_time_s"}                # without these a results.json is refused
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
-HOUSEKEEPING = ("resume", "device")           # where and from what a run ran, not what it computed: not part of its name
+HOUSEKEEPING = ("resume", "device")     # where and from what a run ran, not what it computed: not part of its name
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas", "papermill")
 
 
@@ -59,7 +63,10 @@ def notebooks() -> list[str]:
 
 
 def _parameters_source(path: Path) -> str | None:
-    cells = json.loads(path.read_text())["cells"]
+    try:
+        cells = json.loads(path.read_text())["cells"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{path} is not a notebook: {error}") from None
     return next(("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])), None)
 
 
@@ -68,15 +75,20 @@ def parameters(experiment: str) -> dict[str, Parameter]:
     source = _parameters_source(notebook_path(experiment))
     if source is None:
         raise RunError(f"notebook {experiment!r} has no cell tagged 'parameters'")
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    declared = {}
-    for node in ast.parse(source).body:
-        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None
-        if kind not in TYPES or node.value is None:
-            raise RunError(f"{experiment}, parameters cell, line {node.lineno}: write `name: type = value  # help` "
-                           f"with a type of {', '.join(TYPES)}")
-        declared[node.target.id] = Parameter(node.target.id, kind, ast.literal_eval(node.value), comments.get(node.lineno, ""))
+    declared, line = {}, 0
+    try:
+        nodes = ast.parse(source).body
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        for node in nodes:
+            line = node.lineno
+            name, kind = node.target.id, ast.unparse(node.annotation)          # AttributeError: not `name: type = …`
+            if kind not in TYPES or name in declared:
+                raise ValueError
+            declared[name] = Parameter(name, kind, ast.literal_eval(node.value), comments.get(line, ""))
+    except (SyntaxError, AttributeError, ValueError) as error:
+        raise RunError(f"{experiment}, parameters cell, line {getattr(error, 'lineno', None) or line}: write once "
+                       f"`name: type = value  # help` with a type of {', '.join(TYPES)} and a plain value") from None
     return declared
 
 
@@ -144,10 +156,12 @@ def name_of(experiment: str, preset: str, values: dict) -> str:
 def command_of(experiment: str, preset: str, values: dict) -> str:
     """The command line that makes this run again."""
     base = {p.name: p.default for p in parameters(experiment).values()} | presets(experiment).get(preset, {})
-    words = [f"--preset {preset}"] if preset else []
-    words += [f"--seed {value}" if name == "seed" else f"--set {name}={json.dumps(value) if not isinstance(value, str) else value}"
-              for name, value in values.items() if value != base[name] and name not in HOUSEKEEPING]
-    return " ".join(["python -m lib run", experiment, *words])
+    words = ["--preset", preset] if preset else []
+    for name, value in values.items():
+        if value != base[name] and name not in HOUSEKEEPING:
+            text = value if isinstance(value, str) else json.dumps(value)
+            words += ["--seed", text] if name == "seed" else ["--set", f"{name}={text}"]
+    return shlex.join(["python", "-m", "lib", "run", experiment, *words])
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -166,32 +180,35 @@ class Run:
     def save_figure(self, fig, name: str) -> None:
         """Write a matplotlib figure as <name>.png (110 dpi) into the run's folder."""
         fig.savefig(self.folder / f"{name}.png", dpi=110)
-        self.figures.append(f"{name}.png")
+        if f"{name}.png" not in self.figures:            # a cell may run again
+            self.figures.append(f"{name}.png")
 
     def save(self, metrics: dict, dataset=None, history: dict | None = None) -> dict:
         """Write results.json (atomically, last) and glue each metric's value under its name; returns the record.
 
-        metrics: name -> {"value", "se", "n", "unit"} (evaluate.estimate, evaluate.exact); dataset: data.Dataset or None.
+        metrics: name -> {"value", "se", "n", "unit"} (evaluate.estimate, evaluate.exact); dataset: data.Dataset.
         Raises RunError if a metric is not such a thing or not finite, or the folder cannot be written.
         """
         for name, metric in metrics.items():
-            if set(metric) != {"value", "se", "n", "unit"} or not math.isfinite(metric["value"]):
+            whole = isinstance(metric, dict) and set(metric) == {"value", "se", "n", "unit"}
+            if not whole or not math.isfinite(metric["value"]):
                 raise RunError(f"metric {name} is {metric}: it needs a finite value, se, n and unit")
         record = {
             "schema": SCHEMA, "experiment": self.experiment, "run": self.name, "preset": self.preset,
             "parameters": self.parameters, "reduced": reduced(self.experiment, self.parameters), "metrics": metrics,
             "seed": self.parameters.get("seed"),
             "dataset": {"name": dataset.name, "sha256": dataset.sha256} if dataset else None,
-            "command": command_of(self.experiment, self.preset, self.parameters), "git": self.git, "versions": versions(),
-            "device": device_info(self.parameters.get("device", "auto")), "wall_time_s": round(time.time() - self.started, 1),
-            "peak_memory_mb": peak_memory_mb(), "figures": self.figures,
+            "command": command_of(self.experiment, self.preset, self.parameters), "git": self.git,
+            "versions": versions(), "device": device_info(self.parameters.get("device", "auto")),
+            "wall_time_s": round(time.time() - self.started, 1), "peak_memory_mb": peak_memory_mb(),
+            "figures": self.figures,
             "date": datetime.datetime.fromtimestamp(self.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "history": history or {}}
         file = "results.json.pending" if os.environ.get("VAEBOOK_RUN") else "results.json"   # `lib run` renames it last
         try:
             write_atomic(self.folder / file, json.dumps(record, indent=1, allow_nan=False).encode())
-        except ValueError as error:
-            raise RunError(f"results of {self.name} hold a value that is not finite: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise RunError(f"results of {self.name} hold a value that is no plain, finite number: {error}") from None
         except OSError as error:
             raise RunError(f"cannot write {self.folder / file}: {error.strerror}") from None
         _glue({name: metric["value"] for name, metric in metrics.items()})
@@ -216,8 +233,12 @@ def start(experiment: str, namespace: dict, preset: str | None = None) -> Run:
 
 def _injected(namespace: dict) -> dict:
     """What papermill injected (its cell begins with `# Parameters`): also names that the notebook does not declare."""
-    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
-    names = {node.targets[0].id for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    names = set()
+    for source in namespace.get("In", []):
+        if source.startswith("# Parameters\n"):
+            with contextlib.suppress(SyntaxError):              # a person's own cell, with a magic command
+                names |= {target.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
+                          for target in node.targets if isinstance(target, ast.Name)}
     return {name: namespace[name] for name in names if name in namespace and not name.startswith("papermill")}
 
 
@@ -226,29 +247,31 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / ".writable", b"")
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)          # another process may do the same
     except OSError as error:
-        raise RunError(f"cannot write to the run folder {folder}: {error.strerror}; choose another with --out") from None
+        raise RunError(f"cannot write to the run folder {folder}: {error.strerror}; --out chooses another") from None
 
 
 def _glue(values: dict) -> None:
+    if "ipykernel" not in sys.modules:      # myst_nb is slow to import
+        return
     try:
         from myst_nb import glue
     except ImportError:                     # a bare machine that only computes
         return
-    from IPython import get_ipython
-    if get_ipython():
-        for name, value in values.items():
-            glue(name, float(value), display=False)
+    for name, value in values.items():
+        glue(name, float(value), display=False)
 
 
 # ------------------------------------------------------------------------------------------------ provenance
 def git_state() -> dict:
-    """{"commit": hash or "unknown", "dirty": tracked files differ from it}."""
+    """{"commit": hash or "unknown", "dirty": tracked files differ from it, or lib or notebooks hold untracked ones}."""
     def git(*words):
-        return subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True, check=True)
+        return found.stdout.strip()
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        changed = git("status", "--porcelain", "-uno") or git("status", "--porcelain", "lib", "notebooks")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": True}
 
@@ -269,11 +292,11 @@ def device_info(name: str = "auto") -> dict:
     import torch
     if name != "cpu" and torch.cuda.is_available():
         return {"kind": "cuda", "name": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
-    model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
-    return {"kind": "cpu", "name": model, "threads": torch.get_num_threads()}
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    models += [platform.processor(), platform.machine()]
+    return {"kind": "cpu", "name": next(filter(None, models), "unknown"), "threads": torch.get_num_threads()}
 
 
 def peak_memory_mb() -> float:
@@ -294,9 +317,10 @@ def read(path: Path) -> dict:
         raise RunError(f"{path} is missing: the run did not finish") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
-    missing = {"schema", "experiment", "run", "parameters", "metrics", "reduced", "git", "command"} - set(record)
+    missing = NEEDED - set(record if isinstance(record, dict) else ())
     if missing or record["schema"] != SCHEMA:
-        raise RunError(f"{path} is not a results.json of schema {SCHEMA} (missing: {', '.join(sorted(missing)) or 'nothing'})")
+        lacks = ", ".join(sorted(missing)) or "nothing"
+        raise RunError(f"{path} is not a results.json of schema {SCHEMA} (missing: {lacks})")
     return record
 
 
@@ -308,17 +332,19 @@ def records(experiment: str | None = None, folder: Path | None = None) -> list[d
 
 
 def table(found: list[dict], metrics: list[str], by: list[str]):
-    """Runs as a pandas DataFrame: mean, standard error over seeds and n of each metric, grouped by parameters `by`.
+    """Runs as a pandas DataFrame: mean and standard error over seeds of each metric, by the parameters `by` and size.
 
     With a single seed the error is the run's own (over its test items). Columns: by, seeds, size, metric -> "m ± s".
+    A parameter that a run does not have (it is older) shows as "–".
     """
     import pandas as pd
     rows = {}
     for record in found:
-        rows.setdefault(tuple(str(record["parameters"][name]) for name in by), []).append(record)
+        key = (*(str(record["parameters"].get(name, "–")) for name in by), "; ".join(record["reduced"]) or "full")
+        rows.setdefault(key, []).append(record)
     out = []
-    for key, group in rows.items():
-        row = dict(zip(by, key)) | {"seeds": len(group), "size": "; ".join(group[0]["reduced"]) or "full"}
+    for (*key, size), group in rows.items():
+        row = dict(zip(by, key, strict=True)) | {"seeds": len(group), "size": size}
         for name in metrics:
             values = [record["metrics"][name] for record in group if name in record["metrics"]]
             row[name] = _mean_text(values)

@@ -39,7 +39,7 @@ def interpolate(model: Autoencoder, n_samples: int, n_interpolate: int, generato
 
 def traverse(model: Autoencoder, n_samples: int, n_traverse: int, traverse_range: float, traverse_dim: int,
              generator: torch.Generator, batch_size: int = 500) -> Tensor:
-    """Random codes, dimension traverse_dim set to n_traverse values in ±traverse_range: [n_samples, n_traverse, ...]."""
+    """Codes with dimension traverse_dim set to n_traverse values in ±traverse_range: [n_samples, n_traverse, ...]."""
     if not 0 <= traverse_dim < model.z_dim:
         raise ValueError(f"traverse_dim must be between 0 and {model.z_dim - 1}, got {traverse_dim}")
     if n_traverse < 2 or traverse_range <= 0:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import write_atomic
+from lib import root, write_atomic
 
 FORMAT = "vaebook-checkpoint-1"
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -104,7 +104,7 @@ def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | 
     state: name -> Module, Optimizer or torch.Generator: all that changes while training; it is what a checkpoint holds.
     config: JSON-able values that the weights depend on; a checkpoint with others is refused.
     folder: where `latest.safetensors` and (lowest logged `loss`) `best.safetensors` are kept; None keeps none.
-    resume: "" afresh, "latest", "best", a checkpoint file or a run folder. A resumed run is bit-equal to an
+    resume: "" afresh, "latest", "best", a checkpoint file or a run folder (relative: to the checkout's top). A resumed
     uninterrupted one on the CPU. `steps` below the checkpoint's changes nothing but loads it.
 
     Raises TrainError: bad arguments, a metric or weight that is not finite (named with its step and the last good
@@ -224,7 +224,7 @@ def _find(resume: str, folder: Path | None) -> Path:
         if folder is None:
             raise TrainError(f"resume = {resume!r} needs a run folder")
         return folder / f"{resume}.safetensors"
-    path = Path(resume)
+    path = root() / Path(resume).expanduser()
     return path / "latest.safetensors" if path.is_dir() else path
 
 

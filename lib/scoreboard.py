@@ -1,0 +1,284 @@
+"""The scoreboard: every published number of book/published.yml beside what the recorded runs obtained.
+
+    frame = score(flatten(load()), runs.records())      # one row per published number
+
+Pure functions. `flatten` turns the file into rows, `score` joins them with run records and judges:
+    reproduced       full-size runs within the stated tolerance, and in the claimed order where both were run
+    direction holds  not that, but in every claimed order that was run at the same size
+    not reproduced   neither
+    not run          no recorded run, or only a reduced one and no order to check
+"Order" asks for a difference of more than two standard errors, taken over the seeds that both sides were run
+with, or from the two errors if there is one seed. The file explains its templates; lib/tables.py draws the rows.
+"""
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import pandas as pd
+import yaml
+
+from lib import root
+from lib.runs import HOUSEKEEPING
+
+VERDICTS = ("reproduced", "direction holds", "not reproduced", "not run")
+SECTION = ("title", "work", "source")
+REQUIRED = ("published", "experiment", "metric", "unit", "tolerance")
+OPTIONAL = ("where", "order", "resolution", "source", "pivot")
+RECORD = ("experiment", "run", "seed", "parameters", "metrics", "reduced", "command")
+METRIC = ("value", "se", "n", "unit")
+
+
+class ScoreboardError(Exception):
+    """published.yml or a run record is malformed, or they do not fit; the message names file and key."""
+
+
+def _require(mapping, keys, where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ScoreboardError(f"{where}: expected keys and values, got {mapping!r}")
+    for key in keys:
+        if key not in mapping:
+            raise ScoreboardError(f"{where}: missing key {key!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------ published numbers
+def load(path: Path | None = None) -> dict:
+    """The published numbers as {section: {...}}, by default the book's. ScoreboardError if unreadable."""
+    path = path or root() / "book" / "published.yml"
+    try:
+        published = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ScoreboardError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from None
+    _require(published, (), path.name)
+    return published
+
+
+def flatten(published: dict) -> list[dict]:
+    """One row per published number, in the file's order, filled in by the first template that matches it.
+
+    A row: section, title, work, key (path in the section), wildcards, source, published, half_width or None,
+    decimals, experiment, metric, where, unit, tolerance, pivot, claims [(key of the higher row, of the lower
+    row, words)]. Raises ScoreboardError: missing or unknown key, number without a template or the reverse,
+    unknown wildcard, or a claimed order that the published numbers themselves contradict.
+    """
+    rows = []
+    for section, content in published.items():
+        where = f"published.yml: {section}"
+        _require(content, SECTION, where)
+        templates = [_template(t, f"{where}.compare[{i}]") for i, t in enumerate(content.get("compare", []))]
+        numbers = _numbers({name: value for name, value in content.items() if name != "compare"}, where)
+        found = [_row(section, content, key, number, templates) for key, number in numbers]
+        for i, template in enumerate(templates):
+            group = [row for row in found if row["template"] == i]
+            if not group:
+                raise ScoreboardError(f"{template['name']}: {template['published']!r} matches no number")
+            _claim_orders(group, template)
+            decimals = max(row["decimals"] for row in group)             # yaml drops trailing zeros
+            for row in group:
+                row["decimals"] = decimals
+        rows += found
+    return rows
+
+
+def _numbers(node: dict, where: str, path: tuple = ()):
+    """(dotted path, number or [number, half-width]) of every number below the node; words are skipped."""
+    for name, value in node.items():
+        here = (*path, str(name))
+        if isinstance(value, dict):
+            yield from _numbers(value, where, here)
+        elif isinstance(value, list) and not (len(value) == 2 and all(map(_is_number, value))):
+            raise ScoreboardError(f"{where}.{'.'.join(here)}: expected [value, half-width], got {value}")
+        elif isinstance(value, list) or _is_number(value):
+            yield ".".join(here), value
+
+
+def _template(template: dict, where: str) -> dict:
+    """The template checked, `regex` for its pattern added, `order` as [(wildcard, higher, lower, words)]."""
+    _require(template, REQUIRED, where)
+    if unknown := sorted(set(template) - {*REQUIRED, *OPTIONAL}):
+        raise ScoreboardError(f"{where}: unknown key {unknown[0]!r}")
+    tolerance = template["tolerance"]
+    if not (_is_number(tolerance) or re.fullmatch(r"\d+(\.\d+)?%", str(tolerance))):
+        raise ScoreboardError(f"{where}: tolerance must be a number or a percentage, got {tolerance!r}")
+    parts = re.split(r"\{(\w+)\}", str(template["published"]))
+    texts = [template["metric"], *template.get("where", {}).values()]
+    used = {name for text in texts for name in re.findall(r"\{(\w+)\}", str(text))}
+    if unknown := sorted({*used, *template.get("order", {}), *template.get("pivot", ())} - set(parts[1::2])):
+        raise ScoreboardError(f"{where}: 'published' has no wildcard {unknown[0]!r}")
+    order = []
+    for name, claims in template.get("order", {}).items():
+        for claim in str(claims).split(","):
+            if not (match := re.fullmatch(r"\s*(\S+)\s*([<>])\s*(\S+)\s*", claim)):
+                raise ScoreboardError(f"{where}: order must read 'a > b' or 'a < b', got {claim.strip()!r}")
+            left, sign, right = match.groups()
+            order.append((name, *((left, right) if sign == ">" else (right, left)), claim.strip()))
+    regex = "".join(f"(?P<{part}>[^.]+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    return {**template, "name": where, "regex": re.compile(regex), "order": order}
+
+
+def _row(section: str, content: dict, key: str, number, templates: list[dict]) -> dict:
+    matches = ((i, template, template["regex"].fullmatch(key)) for i, template in enumerate(templates))
+    i, template, match = next((m for m in matches if m[2]), (None, None, None))
+    if match is None:
+        raise ScoreboardError(f"published.yml: {section}.{key}: no template of 'compare' matches this number")
+    value, half_width = number if isinstance(number, list) else (number, None)
+    wildcards, tolerance = match.groupdict(), template["tolerance"]
+    return {
+        "section": section, "title": content["title"], "work": content["work"], "key": key,
+        "wildcards": wildcards, "template": i, "source": template.get("source", content["source"]),
+        "published": float(value), "half_width": half_width, "decimals": len(str(value).partition(".")[2]),
+        "experiment": template["experiment"], "metric": template["metric"].format(**wildcards),
+        "where": {name: str(text).format(**wildcards) for name, text in template.get("where", {}).items()},
+        "unit": template["unit"], "pivot": tuple(template.get("pivot", ())), "claims": [],
+        "tolerance": tolerance if _is_number(tolerance) else abs(value) * float(tolerance[:-1]) / 100,
+    }
+
+
+def _claim_orders(group: list[dict], template: dict) -> None:
+    """Add the template's claims to the rows they are about, where the published numbers tell them apart."""
+    by_wildcards = {tuple(row["wildcards"].items()): row for row in group}
+    for name, higher, lower, words in template["order"]:
+        if not {higher, lower} <= {row["wildcards"][name] for row in group}:
+            raise ScoreboardError(f"{template['name']}: order {words!r} names a {name} that is not published")
+        for row in (row for row in group if row["wildcards"][name] == higher):
+            other = by_wildcards.get(tuple({**row["wildcards"], name: lower}.items()))
+            if other is None or abs(other["published"] - row["published"]) <= template.get("resolution", 0):
+                continue
+            if other["published"] > row["published"]:
+                raise ScoreboardError(f"published.yml: {row['section']}.{row['key']}: the published numbers "
+                                      f"contradict the claim {words!r}")
+            for claimant in (row, other):
+                claimant["claims"].append((row["key"], other["key"], words))
+
+
+# ------------------------------------------------------------------------------------------ joined with runs
+def score(rows: list[dict], records: list[dict]) -> pd.DataFrame:
+    """The rows beside what the records (parsed results.json files) obtained, judged; one line for each row.
+
+    Columns added: obtained, se, bar (what the error bar is), n, seeds (seed -> value), deviation (obtained -
+    published), size (full or reduced: ...), verdict, why, command, device, runs.
+    Raises ScoreboardError: a record without a key, metric or parameter that is asked for, a metric in another
+    unit, or records that differ in more than the seed where one setting is meant.
+    """
+    for record in records:
+        _require(record, RECORD, _name(record))
+    rows = [{**row, **_measure(row, records)} for row in rows]
+    by_key = {(row["section"], row["key"]): row for row in rows}
+    for row in rows:
+        row["verdict"], row["why"] = _judge(row, by_key)
+    numbers = ("published", "half_width", "obtained", "se", "deviation", "tolerance")
+    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float)) if rows else pd.DataFrame()
+
+
+def counts(frame: pd.DataFrame) -> dict[str, int]:
+    """How many rows have each verdict."""
+    return {verdict: int((frame["verdict"] == verdict).sum()) for verdict in VERDICTS}
+
+
+def _name(record: dict) -> str:
+    record = record if isinstance(record, dict) else {}
+    path = record.get("path") or f"{record.get('experiment', '?')}/{record.get('run', '?')}"
+    return f"{path}/results.json"
+
+
+def _measure(row: dict, records: list[dict]) -> dict:
+    """What the matching records say: of those closest to the published size, the newest one of each seed."""
+    sizes = defaultdict(list)
+    for record in sorted((r for r in records if _matches(row, r)), key=lambda r: r.get("date", "")):
+        sizes[tuple(record["reduced"])].append(record)
+    if not sizes:
+        return {"obtained": None, "se": None, "bar": "", "n": 0, "seeds": {}, "deviation": None, "size": "",
+                "command": "", "device": "", "runs": ()}
+    reduced, found = min(sizes.items(), key=lambda item: (len(item[0]), -len(item[1])))
+    _same_setting(row, found)
+    chosen = list({record["seed"]: record for record in found}.values())
+    metrics = [_metric(row, record) for record in chosen]
+    values = [metric["value"] for metric in metrics]
+    se, n = metrics[0]["se"], metrics[0]["n"]
+    bar = "one run, no error bar" if se is None else f"s.e. over the {n:,} items of one run"
+    if len(values) > 1:
+        se, n, bar = stdev(values) / math.sqrt(len(values)), len(values), f"s.e. over {len(values)} seeds"
+    return {
+        "obtained": mean(values), "se": se, "bar": bar, "n": n, "deviation": mean(values) - row["published"],
+        "seeds": {record["seed"]: value for record, value in zip(chosen, values, strict=True)},
+        "size": f"reduced: {'; '.join(reduced)}" if reduced else "full",
+        "command": "\n".join(record["command"] for record in chosen), "runs": tuple(map(_name, chosen)),
+        "device": ", ".join(dict.fromkeys(record.get("device", {}).get("name", "") for record in chosen)),
+    }
+
+
+def _matches(row: dict, record: dict) -> bool:
+    if record["experiment"] != row["experiment"]:
+        return False
+    for name in row["where"]:
+        if name not in record["parameters"]:
+            names = ", ".join(sorted(record["parameters"]))
+            raise ScoreboardError(f"published.yml: {row['section']}.{row['key']}: 'where' names {name!r}, "
+                                  f"not a parameter of {_name(record)}: {names}")
+    return all(_same(record["parameters"][name], text) for name, text in row["where"].items())
+
+
+def _same_setting(row: dict, records: list[dict]) -> None:
+    """ScoreboardError unless the records differ in the seed, and where they ran, only."""
+    first = records[0]
+    for record in records[1:]:
+        for name, value in record["parameters"].items():
+            if name not in ("seed", *HOUSEKEEPING) and value != first["parameters"].get(name):
+                raise ScoreboardError(f"published.yml: {row['section']}.{row['key']}: {_name(first)} and "
+                                      f"{_name(record)} differ in {name}: name it under 'where'")
+
+
+def _same(value, text: str) -> bool:
+    try:
+        return str(value) == text or float(value) == float(text)
+    except ValueError:
+        return False
+
+
+def _metric(row: dict, record: dict) -> dict:
+    name, asked = row["metric"], f"{row['section']}.{row['key']} of published.yml"
+    if name not in record["metrics"]:
+        raise ScoreboardError(f"{_name(record)}: no metric {name!r}, which {asked} asks for; there are "
+                              f"{', '.join(sorted(record['metrics']))}")
+    metric = record["metrics"][name]
+    _require(metric, METRIC, f"{_name(record)}: metric {name!r}")
+    if metric["unit"] != row["unit"] or not _is_number(metric["value"]):
+        raise ScoreboardError(f"{_name(record)}: metric {name!r} is {metric['value']} in {metric['unit']!r}, "
+                              f"{asked} asks for a number in {row['unit']!r}")
+    return metric
+
+
+def _judge(row: dict, by_key: dict) -> tuple[str, str]:
+    """(verdict, one short phrase why)."""
+    if row["obtained"] is None:
+        return "not run", "no recorded run"
+    full, off = row["size"] == "full", f"off by {abs(row['deviation']):.3g}"
+    if full:
+        off += f", tolerance {row['tolerance']:.3g}"
+    within = full and abs(row["deviation"]) <= row["tolerance"]
+    tested = []
+    for high, low, words in row["claims"]:
+        high, low = by_key[row["section"], high], by_key[row["section"], low]
+        tested += [(_margin(high, low), words)] if high["size"] == low["size"] else []
+    failed = [words for margin, words in tested if margin <= 0]
+    if within and not failed:
+        return "reproduced", off
+    if failed:
+        return "not reproduced", f"{', '.join(failed)} does not hold; {off}"
+    if tested:
+        return "direction holds", f"{', '.join(words for _, words in tested)}; {off}"
+    return ("not reproduced", off) if full else ("not run", f"only at reduced size, no order to check; {off}")
+
+
+def _margin(high: dict, low: dict) -> float:
+    """By how much `high` is above `low`, less two standard errors of the difference; seed by seed if possible."""
+    pairs = [high["seeds"][seed] - low["seeds"][seed] for seed in high["seeds"] if seed in low["seeds"]]
+    if len(pairs) > 1:
+        return mean(pairs) - 2 * stdev(pairs) / math.sqrt(len(pairs))
+    error = 0.0 if high["se"] is None or low["se"] is None else math.hypot(high["se"], low["se"])
+    return high["obtained"] - low["obtained"] - 2 * error
