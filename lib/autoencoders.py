@@ -25,8 +25,8 @@ CURVES = {"squared error per pixel": {"rec": "reconstruction"}, "KL [nats per im
           "cross-entropy [nats]": {"discriminator": "discriminator", "adversarial": "encoder"}}
 METRICS = ("mse", "kl", "elbo", "elbo_best_sigma", "sigma", "best_sigma", "mmd_original", "mmd_gaussian", "code_centre",
            "code_spread", "code_radius_99", "knn_accuracy")
-LEARNT_FROM = ("model", "dataset", "batch_size", "lr", "beta", "sigma", "learn_sigma", "mmd_alpha", "mmd_lambda", "kernel",
-               "z_dim", "seed", "precision")              # the notebook's parameters that the weights depend on
+LEARNT_FROM = ("model", "dataset", "batch_size", "lr", "beta", "sigma", "learn_sigma", "mmd_alpha", "mmd_lambda",
+               "kernel", "z_dim", "seed", "precision")    # the notebook's parameters that the weights depend on
 
 
 class Encoder(nn.Module):

@@ -187,7 +187,7 @@ def record(folder: str) -> str:
         target.mkdir(parents=True, exist_ok=True)
         for name in found["figures"]:
             shutil.copyfile(source / name, target / name)
-        write_atomic(target / "results.json", (source / "results.json").read_bytes())
+        write_atomic(target / "results.json", runs.as_text(found).encode())
     except OSError as error:
         raise runs.RunError(f"cannot write to {_shown(target)}: {error.strerror or error}") from None
     return f"recorded {_shown(target)}"

@@ -52,10 +52,12 @@ def compare(found: list[dict], metric: str, ylabel: str, by: list[str]) -> Figur
         label = ", ".join(str(record["parameters"][name]) for name in by)
         ax.plot(record["history"]["step"], record["history"][metric], color=PALETTE[i % len(PALETTE)],
                 linestyle=("-", "--")[i // len(PALETTE) % 2], linewidth=1.2, label=label)
-    low, high = (f([v for record in shown for v in record["history"][metric][len(record["history"]["step"]) // 20:]])
-                 for f in (min, max))
-    ax.set(xlabel="step", ylabel=ylabel, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
-    fig.legend(loc="outside right center", title=", ".join(by))
+    late = [value for record in shown for value in record["history"][metric][len(record["history"]["step"]) // 20:]]
+    ax.set(xlabel="step", ylabel=ylabel)
+    if late:                                              # the first steps would hide the rest
+        margin = 0.05 * (max(late) - min(late))
+        ax.set_ylim(min(late) - margin, max(late) + margin)
+        fig.legend(loc="outside right center", title=", ".join(by))
     return fig
 
 

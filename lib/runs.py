@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -206,13 +207,19 @@ class Run:
             "history": history or {}}
         file = "results.json.pending" if os.environ.get("VAEBOOK_RUN") else "results.json"   # `lib run` renames it last
         try:
-            write_atomic(self.folder / file, json.dumps(record, indent=1, allow_nan=False).encode())
+            write_atomic(self.folder / file, as_text(record).encode())
         except (TypeError, ValueError) as error:
             raise RunError(f"results of {self.name} hold a value that is no plain, finite number: {error}") from None
         except OSError as error:
             raise RunError(f"cannot write {self.folder / file}: {error.strerror}") from None
         _glue({name: metric["value"] for name, metric in metrics.items()})
         return record
+
+
+def as_text(record: dict) -> str:
+    """A record as strict JSON, a list of plain values on one line. ValueError if a number is not finite."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda plain: re.sub(r"\n\s*", " ", plain[0]), text) + "\n"
 
 
 def start(experiment: str, namespace: dict, preset: str | None = None) -> Run:

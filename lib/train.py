@@ -105,7 +105,7 @@ def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | 
     config: JSON-able values that the weights depend on; a checkpoint with others is refused.
     folder: where `latest.safetensors` and (lowest logged `loss`) `best.safetensors` are kept; None keeps none.
     resume: "" afresh, "latest", "best", a checkpoint file or a run folder (relative: to the checkout's top). A resumed
-    uninterrupted one on the CPU. `steps` below the checkpoint's changes nothing but loads it.
+    run is bit-equal to an uninterrupted one on the CPU. `steps` below the checkpoint's only loads it.
 
     Raises TrainError: bad arguments, a metric or weight that is not finite (named with its step and the last good
     checkpoint), a checkpoint that is missing, corrupt or of another configuration, a disk that is full.

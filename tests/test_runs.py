@@ -333,6 +333,7 @@ def git(folder, *words):
 
 def test_provenance_tells_committed_code_from_other(house):
     assert runs.git_state() == {"commit": "unknown", "dirty": True}
+    (house / "requirements.txt").write_text("torch")
     git(house, "init", "-q")
     git(house, "add", ".")
     git(house, "commit", "-qm", "all")
@@ -344,8 +345,11 @@ def test_provenance_tells_committed_code_from_other(house):
     (house / "lib" / "new.py").write_text("x = 1")
     assert runs.git_state() == clean | {"dirty": True}
     (house / "lib" / "new.py").unlink()
-    (house / "notebooks" / "presets.yml").write_text("")
-    assert runs.git_state() == clean | {"dirty": True}
+    for changed in (house / "notebooks" / "presets.yml", house / "requirements.txt"):
+        changed.write_text("other")
+        assert runs.git_state() == clean | {"dirty": True}
+        git(house, "checkout", "-q", ".")
+    assert runs.git_state() == clean
 
 
 # ------------------------------------------------------------------------------------------------ many runs
