@@ -215,7 +215,7 @@ def load_checkpoint(path: Path, state: dict, config: dict | None = None) -> tupl
         for name, item in state.items():
             _restore(item, _unflatten(meta["tree"][name], tensors))
     except (KeyError, RuntimeError, ValueError) as error:
-        raise TrainError(f"checkpoint {path} does not fit this model: {str(error).splitlines()[0]}") from None
+        raise TrainError(f"checkpoint {path} does not fit this model: {" ".join(str(error).split()[:40])}") from None
     return meta["step"], meta["history"]
 
 
