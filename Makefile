@@ -30,7 +30,7 @@ refresh: setup  ## renew the outputs that are committed with the notebooks
 	@$(PY) -m lib refresh
 
 lab: setup  ## JupyterLab on this machine, behind its token
-	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1
+	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lock: $(UV)  ## resolve requirements.txt anew from pyproject.toml
 	$(UV) pip compile pyproject.toml --group book --group test --universal --python-version 3.11 \

@@ -3,6 +3,10 @@ import os
 from pathlib import Path
 
 
+class BookError(Exception):
+    """Something foreseen went wrong; the message is one line that says what, and what to do."""
+
+
 def root() -> Path:
     """Top folder of the checkout; every path of the project starts here, whatever the caller's folder is."""
     return Path(__file__).resolve().parent.parent

@@ -2,7 +2,7 @@
 import argparse
 import sys
 
-from lib import runs
+from lib import BookError, runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10,11 +10,11 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return options.act(options) or 0
-    except runs.RunError as error:
+    except (BookError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted: `run` goes on from its last checkpoint when repeated", file=sys.stderr)
         return 130
 
 

@@ -3,7 +3,7 @@
 Pixels x in [-1, 1], latent code z. Losses are per pixel, as the work computes them (known fault 7 says what they mean):
 rec = mean squared error, kl = sum over z of (mu^2 + var - log var - 1) / pixels = 2 KL(q(z|x) || N(0, I)) / pixels.
     AE       rec                                      the code is the mean
-    VAE      rec / sigma^2 + kl                       beta-VAE: beta * kl
+    VAE      rec / sigma^2 + 2 log sigma + kl         beta-VAE: beta * kl
     AAE      rec, then a discriminator on z against N(0, I), then the encoder against the discriminator
     MMD-VAE  rec + (1 - alpha) kl + (alpha + lambda - 1) MMD(z, N(0, I))
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lib.data import Dataset
 from lib.evaluate import KERNELS, estimate, exact, mmd, mmd_unbiased
 from lib.stochastic import gaussian_kl, gaussian_log_prob, reparameterise
+from lib.train import precision
 
 KINDS = ("ae", "vae", "beta-vae", "aae", "mmd-vae")
 VARIATIONAL = ("vae", "beta-vae", "mmd-vae")
@@ -27,6 +28,17 @@ METRICS = ("mse", "kl", "elbo", "elbo_best_sigma", "sigma", "best_sigma", "mmd_o
            "code_spread", "code_radius_99", "knn_accuracy")
 LEARNT_FROM = ("model", "dataset", "batch_size", "lr", "beta", "sigma", "learn_sigma", "mmd_alpha", "mmd_lambda",
                "kernel", "z_dim", "seed", "precision")    # the notebook's parameters that the weights depend on
+
+
+USED_BY = {"beta": ("beta-vae",), "sigma": VARIATIONAL, "learn_sigma": ("vae", "beta-vae"), "mmd_alpha": ("mmd-vae",),
+           "mmd_lambda": ("mmd-vae",), "kernel": ("mmd-vae",)}
+
+
+def check_used(kind: str, changed) -> None:
+    """Raise ValueError if one of the changed parameters (names) has no meaning for this kind of model."""
+    for name in changed:
+        if kind not in USED_BY.get(name, (kind,)):
+            raise ValueError(f"parameter {name} does nothing for model {kind!r}: it is for {', '.join(USED_BY[name])}")
 
 
 class Encoder(nn.Module):
@@ -110,7 +122,7 @@ class Autoencoder(nn.Module):
 
     def code(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, C, S, S] -> (z, mean, log variance), each [B, z_dim]; z is a draw if variational, else the mean."""
-        mean, log_var = self.encoder(x)
+        mean, log_var = (output.float() for output in self.encoder(x))      # bf16 would be too coarse for the losses
         return (reparameterise(mean, log_var, generator) if self.variational else mean), mean, log_var
 
 
@@ -123,7 +135,8 @@ def adam(parameters, lr: float) -> torch.optim.Adam:
     """Adam at PyTorch's defaults in its fused form. Raises ValueError if lr <= 0."""
     if lr <= 0:
         raise ValueError(f"the learning rate must be positive, got {lr}")
-    return torch.optim.Adam(parameters, lr=lr, fused=True)
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=parameters[0].is_cuda)
 
 
 def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, beta: float = 20.0, alpha: float = 1.0,
@@ -139,7 +152,7 @@ def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, b
     model.train().to(memory_format=torch.channels_last)
     model.log_sigma.requires_grad_(learn_sigma)
     beta = beta if model.kind == "beta-vae" else 1.0
-    optimizer = adam([*model.encoder.parameters(), *model.decoder.parameters(), model.log_sigma], lr)
+    optimizer = adam([*model.encoder.parameters(), *model.decoder.parameters(), *[model.log_sigma] * learn_sigma], lr)
     state = {"model": model, "optimizer": optimizer, "generator": generator}
     if model.kind == "aae":
         state["discriminator_optimizer"] = adam(model.discriminator.parameters(), lr)
@@ -147,7 +160,7 @@ def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, b
 
     def losses(x: Tensor) -> dict[str, Tensor]:
         z, mean, log_var = model.code(x, generator)
-        rec = F.mse_loss(model.decoder(z), x)
+        rec = F.mse_loss(model.decoder(z).float(), x)
         if model.kind == "ae":
             return {"loss": rec, "rec": rec}
         kl = gaussian_kl(mean, log_var).mean()
@@ -202,7 +215,8 @@ def _adversarial_step(model: Autoencoder, optimizer, discriminator_optimizer, ge
 def encode(model: Autoencoder, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """uint8 [N, C, H, W] -> mean and log variance [N, z_dim], the network in evaluation mode."""
     model.eval()
-    parts = [model.encoder(pixels(part)) for part in images.split(batch_size)]
+    with precision("fp32", images.device):
+        parts = [model.encoder(pixels(part)) for part in images.split(batch_size)]
     return torch.cat([mean for mean, _ in parts]), torch.cat([log_var for _, log_var in parts])
 
 
@@ -210,7 +224,8 @@ def encode(model: Autoencoder, images: Tensor, batch_size: int = 500) -> tuple[T
 def decode(model: Autoencoder, z: Tensor, batch_size: int = 500) -> Tensor:
     """z [N, z_dim] -> images [N, C, S, S] in [0, 1], the network in evaluation mode."""
     model.eval()
-    return torch.cat([model.decoder(part) for part in z.split(batch_size)]).add(1).div(2).contiguous()
+    with precision("fp32", z.device):
+        return torch.cat([model.decoder(part) for part in z.split(batch_size)]).add(1).div(2).contiguous()
 
 
 @torch.no_grad()
@@ -225,8 +240,9 @@ def evaluate(model: Autoencoder, images: Tensor, generator: torch.Generator,
     columns: dict[str, list[Tensor]] = {}
     for part in images.split(batch_size):
         x = pixels(part)
-        z, mean, log_var = model.code(x, generator)
-        decoded = model.decoder(z)
+        with precision("fp32", x.device):
+            z, mean, log_var = model.code(x, generator)
+            decoded = model.decoder(z)
         terms = {"z": z, "mse": (decoded - x).square().flatten(1).mean(1)}
         if model.variational:
             terms["kl"] = gaussian_kl(mean, log_var)

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib import root
+from lib import BookError, root
 
 DIGITS = tuple(str(i) for i in range(10))
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SHAPES = ("square", "disc", "triangle")
 
 
-class DataError(Exception):
+class DataError(BookError):
     """A data set is missing, corrupt or unknown; the message says what to do."""
 
 

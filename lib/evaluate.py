@@ -17,7 +17,7 @@ def estimate(samples: Tensor, unit: str) -> dict:
 
 def exact(value: float | Tensor, unit: str) -> dict:
     """A number without sampling error (a count, a closed form, an enumeration) as a metric."""
-    return {"value": float(value), "se": None, "n": 1, "unit": unit}
+    return {"value": float(torch.as_tensor(value).detach()), "se": None, "n": 1, "unit": unit}
 
 
 def kernel(x: Tensor, y: Tensor, kind: str = "original") -> Tensor:
@@ -42,15 +42,17 @@ def mmd(x: Tensor, y: Tensor, kind: str = "original") -> Tensor:
 
 
 def mmd_unbiased(x: Tensor, y: Tensor, kind: str = "original", block: int = 500) -> dict:
-    """Squared MMD without bias (Gretton et al. 2012, lemma 6): mean and error over independent blocks of x, y [n, d].
+    """Squared MMD without bias (Gretton et al. 2012, lemma 6): mean and error over disjoint blocks of x, y [n, d].
 
-    Raises ValueError if there are fewer than two points.
+    The points are shuffled first (by a fixed seed): blocks of a sorted data set would be other distributions than the
+    whole. Raises ValueError if there are fewer than two points.
     """
     n = min(len(x), len(y))
     block = min(block, n)
     if block < 2:
         raise ValueError(f"the unbiased MMD needs at least two points of each kind, got {len(x)} and {len(y)}")
-    values = []
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    x, values = x[order], []
     for i in range(0, n - block + 1, block):
         a, b = x[i:i + block].double(), y[i:i + block].double()
         within = sum(kernel(c, c, kind).sum() - block for c in (a, b)) / (block * (block - 1))

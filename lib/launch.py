@@ -40,10 +40,11 @@ def run(experiment: str, preset: str, changes: dict, out: str | None = None, tim
     with _lock(folder):
         if results.is_file() and not again:
             return _complete(folder, runs.read(results), experiment, values)
-        for file in [folder / "results.json.pending", *([results, *folder.glob("*.safetensors")] if again else [])]:
+        stale = [folder / "results.json.pending", *folder.glob("**/.*.partial")]
+        for file in [*stale, *([results, *folder.glob("**/*.safetensors")] if again else [])]:
             file.unlink(missing_ok=True)
-        if "resume" in values and not values["resume"] and (folder / "latest.safetensors").is_file():
-            values["resume"] = "latest"
+        if "resume" in values and not values["resume"]:
+            values["resume"] = "auto"
         environment = {"VAEBOOK_RUN": str(folder), "VAEBOOK_PRESET": preset, "MPLBACKEND": None}  # it hides figures
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
@@ -82,11 +83,14 @@ def _execute(experiment: str, values: dict, folder: Path, timeout: float) -> Non
     """Papermill with one retry if the kernel dies or does not start. RunError with the notebook's own complaint."""
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)      # what it and the kernel log is said here, in a line
+    for name in ("papermill", "asyncio"):                  # what they and the kernel log is said here, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = {"kernel_name": "python3", "language": "python", "cwd": root() / "notebooks", "progress_bar": False,
                  "iopub_timeout": 60, "extra_arguments": ["--log-level=50"]}
     with _time_limit(timeout) as expired:
         for attempt in (1, 2):
+            if (folder / "latest.safetensors").is_file() and "resume" in values:
+                values["resume"] = "auto"                  # its own checkpoint is further than the one it began with
             try:
                 execute_notebook(runs.notebook_path(experiment), folder / "notebook.ipynb", values, **arguments)
                 return
@@ -102,8 +106,6 @@ def _execute(experiment: str, values: dict, folder: Path, timeout: float) -> Non
                 if attempt == 2:
                     raise runs.RunError(f"{experiment}: the kernel died twice ({error}): too little memory?") from None
                 print(f"the kernel died ({error}): once more", file=sys.stderr)
-                if "resume" in values and (folder / "latest.safetensors").is_file():
-                    values["resume"] = "latest"
 
 
 def _complaint(experiment: str, error, folder: Path) -> str:

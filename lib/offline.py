@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from lib import root
+from lib import BookError, root
 
 # npm package -> sha256 of its archive, and its files to take: pattern -> folder under assets/offline
 WIDGETS = {
@@ -33,7 +33,7 @@ WIDGET_CDN = ("cdnjs.cloudflare.com/ajax/libs/require.js/",
               "cdn.jsdelivr.net/npm/@jupyter-widgets/html-manager@")
 
 
-class OfflineError(Exception):
+class OfflineError(BookError):
     """A file that the pages need is not there; the message says how to get it in one line."""
 
 

@@ -31,7 +31,7 @@ use_style()
 def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "") -> Figure:
     """Training curves. panels: axis label -> {metric: its name in the legend}; absent metrics are left out."""
     shown = {label: {m: n for m, n in lines.items() if m in history} for label, lines in panels.items()}
-    shown = {label: lines for label, lines in shown.items() if lines}
+    shown = {label: lines for label, lines in shown.items() if lines} or {"nothing was trained": {}}
     fig, axes = plt.subplots(1, len(shown), figsize=(WIDTH, 2.7), squeeze=False)
     for ax, (label, lines) in zip(axes[0], shown.items(), strict=True):
         for metric, name in lines.items():

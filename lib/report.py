@@ -23,12 +23,12 @@ from pathlib import Path
 
 import yaml
 
-from lib import offline, root, write_atomic
+from lib import BookError, offline, root, write_atomic
 
 LIMIT = 900         # seconds a notebook may take; it needs about twenty, on a busy machine far more
 
 
-class ReportError(Exception):
+class ReportError(BookError):
     """The report cannot be made; the message says why in one line."""
 
 

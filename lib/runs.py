@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from lib import root, write_atomic
+from lib import BookError, root, write_atomic
 
 SCHEMA = 1
 NEEDED = {"schema", "experiment", "run", "parameters", "metrics", "reduced", "git", "command", "date", "figures",
@@ -36,7 +36,7 @@ HOUSEKEEPING = ("resume", "device")     # where and from what a run ran, not wha
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas", "papermill")
 
 
-class RunError(Exception):
+class RunError(BookError):
     """A run cannot start or be saved; the message says what is wrong and what to do."""
 
 
@@ -95,7 +95,11 @@ def parameters(experiment: str) -> dict[str, Parameter]:
 
 def presets(experiment: str) -> dict[str, dict]:
     """The notebook's presets of notebooks/presets.yml: {preset: {parameter: value}}."""
-    return (yaml.safe_load((root() / "notebooks" / "presets.yml").read_text()) or {}).get(experiment) or {}
+    try:
+        known = yaml.safe_load((root() / "notebooks" / "presets.yml").read_text()) or {}
+        return {preset: dict(values or {}) for preset, values in (known.get(experiment) or {}).items()}
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise RunError(f"notebooks/presets.yml cannot be read: {' '.join(str(error).split())}") from None
 
 
 def check(experiment: str, values: dict) -> dict:
@@ -178,6 +182,11 @@ class Run:
     started: float = field(default_factory=time.time)
     figures: list[str] = field(default_factory=list)
 
+    @property
+    def changed(self) -> list[str]:
+        """Names of the parameters that differ from the notebook's defaults."""
+        return [p.name for p in parameters(self.experiment).values() if self.parameters[p.name] != p.default]
+
     def save_figure(self, fig, name: str) -> None:
         """Write a matplotlib figure as <name>.png (110 dpi) into the run's folder."""
         fig.savefig(self.folder / f"{name}.png", dpi=110)
@@ -235,6 +244,8 @@ def start(experiment: str, namespace: dict, preset: str | None = None) -> Run:
     name = name_of(experiment, preset, values)
     folder = Path(os.environ.get("VAEBOOK_RUN") or root() / "runs" / experiment / name)
     make_folder(folder)
+    if "VAEBOOK_RUN" not in os.environ:                       # what it holds tells a complete run: not this one yet
+        (folder / "results.json").unlink(missing_ok=True)
     return Run(experiment, name, preset, values, folder, git_state())
 
 
@@ -339,19 +350,22 @@ def records(experiment: str | None = None, folder: Path | None = None) -> list[d
 
 
 def table(found: list[dict], metrics: list[str], by: list[str]):
-    """Runs as a pandas DataFrame: mean and standard error over seeds of each metric, by the parameters `by` and size.
+    """Runs as a pandas DataFrame: mean and standard error over seeds of each metric, a row for each setting.
 
-    With a single seed the error is the run's own (over its test items). Columns: by, seeds, size, metric -> "m ± s".
-    A parameter that a run does not have (it is older) shows as "–".
+    Runs are of one setting if they differ in the seed (and HOUSEKEEPING) only; of a repeated seed the newest counts.
+    With a single seed the error is the run's own (over its test items). Columns: by (parameters, "–" where a run is
+    too old to have one), seeds, size, metric -> "m ± s".
     """
     import pandas as pd
     rows = {}
-    for record in found:
-        key = (*(str(record["parameters"].get(name, "–")) for name in by), "; ".join(record["reduced"]) or "full")
-        rows.setdefault(key, []).append(record)
+    for record in sorted(found, key=lambda record: record.get("date", "")):
+        setting = {name: value for name, value in record["parameters"].items() if name not in ("seed", *HOUSEKEEPING)}
+        rows.setdefault(json.dumps(setting), {})[record["parameters"].get("seed")] = record
     out = []
-    for (*key, size), group in rows.items():
-        row = dict(zip(by, key, strict=True)) | {"seeds": len(group), "size": size}
+    for seeds in rows.values():
+        group = list(seeds.values())
+        row = {name: str(group[0]["parameters"].get(name, "–")) for name in by}
+        row |= {"seeds": len(group), "size": "; ".join(group[0]["reduced"]) or "full"}
         for name in metrics:
             values = [record["metrics"][name] for record in group if name in record["metrics"]]
             row[name] = _mean_text(values)

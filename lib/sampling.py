@@ -12,9 +12,23 @@ from lib.autoencoders import Autoencoder, decode, encode, evaluate, pixels
 MODES = ("sample", "interpolate", "traverse", "reconstruct", "visualize_latent")
 
 
+def check(z_dim: int, n_samples: int = 1, batch_size: int = 1, n_interpolate: int = 2, n_traverse: int = 2,
+          traverse_range: float = 1.0, traverse_dim: int = 0) -> None:
+    """Raise ValueError, in one line, if an option of the modes is out of its range: before training, not after it."""
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if batch_size < 1:
+        raise ValueError(f"the batch size of sampling must be at least 1, got {batch_size}")
+    if n_interpolate < 2:
+        raise ValueError(f"n_interpolate must be at least 2, got {n_interpolate}")
+    if not 0 <= traverse_dim < z_dim:
+        raise ValueError(f"traverse_dim must be between 0 and {z_dim - 1}, got {traverse_dim}")
+    if n_traverse < 2 or traverse_range <= 0:
+        raise ValueError(f"n_traverse >= 2 and traverse_range > 0 are needed, got {n_traverse} and {traverse_range}")
+
+
 def _codes(model: Autoencoder, n: int, generator: torch.Generator) -> Tensor:
-    if n < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n}")
+    check(model.z_dim, n)
     return torch.randn(n, model.z_dim, generator=generator, device=generator.device)
 
 
@@ -30,8 +44,7 @@ def sample(model: Autoencoder, n_samples: int, generator: torch.Generator, batch
 def interpolate(model: Autoencoder, n_samples: int, n_interpolate: int, generator: torch.Generator,
                 batch_size: int = 500) -> Tensor:
     """n_interpolate points on the line between two random codes, ends included: [n_samples, n_interpolate, C, S, S]."""
-    if n_interpolate < 2:
-        raise ValueError(f"n_interpolate must be at least 2, got {n_interpolate}")
+    check(model.z_dim, n_samples, batch_size, n_interpolate)
     start, end = _codes(model, n_samples, generator), _codes(model, n_samples, generator)
     t = torch.linspace(0, 1, n_interpolate, device=start.device)[None, :, None]
     return _decode_rows(model, (1 - t) * start[:, None] + t * end[:, None], batch_size)
@@ -40,10 +53,7 @@ def interpolate(model: Autoencoder, n_samples: int, n_interpolate: int, generato
 def traverse(model: Autoencoder, n_samples: int, n_traverse: int, traverse_range: float, traverse_dim: int,
              generator: torch.Generator, batch_size: int = 500) -> Tensor:
     """Codes with dimension traverse_dim set to n_traverse values in ±traverse_range: [n_samples, n_traverse, ...]."""
-    if not 0 <= traverse_dim < model.z_dim:
-        raise ValueError(f"traverse_dim must be between 0 and {model.z_dim - 1}, got {traverse_dim}")
-    if n_traverse < 2 or traverse_range <= 0:
-        raise ValueError(f"n_traverse >= 2 and traverse_range > 0 are needed, got {n_traverse} and {traverse_range}")
+    check(model.z_dim, n_samples, batch_size, 2, n_traverse, traverse_range, traverse_dim)
     z = _codes(model, n_samples, generator)[:, None].repeat(1, n_traverse, 1)
     z[:, :, traverse_dim] = torch.linspace(-traverse_range, traverse_range, n_traverse, device=z.device)
     return _decode_rows(model, z, batch_size)

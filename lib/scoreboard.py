@@ -19,7 +19,7 @@ from statistics import mean, stdev
 import pandas as pd
 import yaml
 
-from lib import root
+from lib import BookError, root
 from lib.runs import HOUSEKEEPING
 
 VERDICTS = ("reproduced", "direction holds", "not reproduced", "not run")
@@ -30,7 +30,7 @@ RECORD = ("experiment", "run", "seed", "parameters", "metrics", "reduced", "comm
 METRIC = ("value", "se", "n", "unit")
 
 
-class ScoreboardError(Exception):
+class ScoreboardError(BookError):
     """published.yml or a run record is malformed, or they do not fit; the message names file and key."""
 
 
@@ -261,24 +261,27 @@ def _judge(row: dict, by_key: dict) -> tuple[str, str]:
     if full:
         off += f", tolerance {row['tolerance']:.3g}"
     within = full and abs(row["deviation"]) <= row["tolerance"]
-    tested = []
+    holds, fails, open_ = [], [], []
     for high, low, words in row["claims"]:
         high, low = by_key[row["section"], high], by_key[row["section"], low]
-        tested += [(_margin(high, low), words)] if high["size"] == low["size"] else []
-    failed = [words for margin, words in tested if margin <= 0]
-    if within and not failed:
+        if high["size"] == low["size"]:
+            difference, error = _difference(high, low)
+            (holds if difference > 2 * error else fails if difference <= -2 * error else open_).append(words)
+    if within and not fails and not open_:
         return "reproduced", off
-    if failed:
-        return "not reproduced", f"{', '.join(failed)} does not hold; {off}"
-    if tested:
-        return "direction holds", f"{', '.join(words for _, words in tested)}; {off}"
+    if fails:
+        return "not reproduced", f"{', '.join(fails)} does not hold; {off}"
+    if open_:
+        verdict = "not reproduced" if full else "not run"
+        return verdict, f"{', '.join(open_)} is within two standard errors of no difference; {off}"
+    if holds:
+        return "direction holds", f"{', '.join(holds)}; {off}"
     return ("not reproduced", off) if full else ("not run", f"only at reduced size, no order to check; {off}")
 
 
-def _margin(high: dict, low: dict) -> float:
-    """By how much `high` is above `low`, less two standard errors of the difference; seed by seed if possible."""
+def _difference(high: dict, low: dict) -> tuple[float, float]:
+    """`high` less `low` and its standard error: seed by seed if possible, else from the error bars there are."""
     pairs = [high["seeds"][seed] - low["seeds"][seed] for seed in high["seeds"] if seed in low["seeds"]]
     if len(pairs) > 1:
-        return mean(pairs) - 2 * stdev(pairs) / math.sqrt(len(pairs))
-    error = 0.0 if high["se"] is None or low["se"] is None else math.hypot(high["se"], low["se"])
-    return high["obtained"] - low["obtained"] - 2 * error
+        return mean(pairs), stdev(pairs) / math.sqrt(len(pairs))
+    return high["obtained"] - low["obtained"], math.hypot(high["se"] or 0.0, low["se"] or 0.0)

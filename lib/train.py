@@ -7,6 +7,7 @@ checkpoints, exact resume, the stop on NaN. Only this file knows devices, precis
 import contextlib
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import root, write_atomic
+from lib import BookError, root, write_atomic
 
 FORMAT = "vaebook-checkpoint-1"
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-class TrainError(Exception):
+class TrainError(BookError):
     """Training cannot start, go on or resume; the message says what to do."""
 
 
@@ -103,18 +104,24 @@ def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | 
 
     state: name -> Module, Optimizer or torch.Generator: all that changes while training; it is what a checkpoint holds.
     config: JSON-able values that the weights depend on; a checkpoint with others is refused.
-    folder: where `latest.safetensors` and (lowest logged `loss`) `best.safetensors` are kept; None keeps none.
-    resume: "" afresh, "latest", "best", a checkpoint file or a run folder (relative: to the checkout's top). A resumed
-    run is bit-equal to an uninterrupted one on the CPU. `steps` below the checkpoint's only loads it.
+    folder: where `latest.safetensors` and `best.safetensors` (of all checkpoints the lowest last logged loss) are kept.
+    folder is also where `resume` looks: "" afresh, "auto" (latest if there is one), "latest", "best"; or it is a
+    checkpoint file or run folder, from the checkout's top if relative. A resumed run is bit-equal to an uninterrupted
+    one on the CPU; one that goes on beyond a shorter run's end keeps the history point that was logged there.
 
     Raises TrainError: bad arguments, a metric or weight that is not finite (named with its step and the last good
-    checkpoint), a checkpoint that is missing, corrupt or of another configuration, a disk that is full.
+    checkpoint), a checkpoint that is missing, corrupt, longer or of another configuration, a disk that is full.
     """
     if steps < 0 or log_every < 1 or checkpoint_every < 1:
         raise TrainError("steps must be >= 0, log_every and checkpoint_every >= 1, "
                          f"got {steps}, {log_every} and {checkpoint_every}")
     config = json.loads(json.dumps(config))
-    done, history = load_checkpoint(_find(resume, folder), state, config) if resume else (0, {"step": []})
+    done, history, best = 0, {"step": []}, math.inf
+    if path := _find(resume, folder):
+        done, history = load_checkpoint(path, state, config)
+        best = _meta(path).get("best", math.inf)
+    if done > steps:
+        raise TrainError(f"{path} has done {done} steps, more than the {steps} asked for: give at least as many")
     window, names = [], None
     with precision(numerics, _device_of(state)), _progress(steps, done, title) as bar:
         for t in range(done, steps):
@@ -129,7 +136,7 @@ def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | 
                 bar.update(len(window))
                 window.clear()
             if checkpoint:
-                _save_checkpoint(folder, state, t + 1, history, config)
+                best = _save_checkpoint(folder, state, t + 1, history, config, best)
     return history
 
 
@@ -149,8 +156,7 @@ def _last_good(folder: Path | None) -> str:
     latest = folder / "latest.safetensors" if folder else None
     if not latest or not latest.is_file():
         return "no checkpoint was written before"
-    with safe_open(latest, "pt") as file:
-        return f"the last good checkpoint is {latest} (step {json.loads(file.metadata()['meta'])['step']})"
+    return f"the last good checkpoint is {latest} (step {_meta(latest)['step']})"
 
 
 def _device_of(state: dict) -> torch.device:
@@ -172,23 +178,30 @@ def _progress(steps: int, done: int, title: str):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config: dict) -> None:
+def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config: dict, best: float) -> float:
+    """Write latest and, if its last logged loss is below `best`, best; returns the lowest such loss so far."""
     tensors: dict[str, Tensor] = {}
     tree = {name: _flatten(_state_of(item), name, tensors) for name, item in state.items()}
     bad = next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
     if bad:
         raise TrainError(f"{bad} is not finite after step {step}; {_last_good(folder)}; lower the learning rate")
-    best = min(history.get("loss", [0.0]))
-    meta = {"format": FORMAT, "step": step, "config": config, "history": history, "tree": tree}
+    meta = {"format": FORMAT, "step": step, "device": _device_of(state).type, "config": config, "history": history,
+            "best": min(best, history.get("loss", [math.inf])[-1]), "tree": tree}
     content = save(tensors, metadata={"meta": json.dumps(meta)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "latest.safetensors", content)
-        if "loss" in history and history["loss"][-1] <= best:
+        if meta["best"] < best:                           # first: a kill between the two loses neither
             write_atomic(folder / "best.safetensors", content)
+        write_atomic(folder / "latest.safetensors", content)
     except OSError as error:
         raise TrainError(f"cannot write the checkpoint of step {step} to {folder}: {error.strerror}; "
                          f"{_last_good(folder)}; free space or choose another folder, then resume") from None
+    return meta["best"]
+
+
+def _meta(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("meta", "{}"))
 
 
 def load_checkpoint(path: Path, state: dict, config: dict | None = None) -> tuple[int, dict]:
@@ -200,13 +213,16 @@ def load_checkpoint(path: Path, state: dict, config: dict | None = None) -> tupl
     if not path.is_file():
         raise TrainError(f"no checkpoint at {path}: nothing to resume from")
     try:
+        meta = _meta(path)
+        if meta.get("format") != FORMAT:
+            raise TrainError(f"{path} is not a checkpoint of this book ({FORMAT})")
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-            if meta.get("format") != FORMAT:
-                raise TrainError(f"{path} is not a checkpoint of this book ({FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise TrainError(f"checkpoint {path} cannot be read ({error}): delete it and start afresh") from None
+    if config is not None and meta.get("device", _device_of(state).type) != _device_of(state).type:
+        raise TrainError(f"checkpoint {path} was trained on {meta['device']}, this run is on {_device_of(state).type}, "
+                         "whose noise is another: go on there or start afresh")
     for key in sorted(config or {}):
         if meta["config"].get(key) != config[key]:
             raise TrainError(f"checkpoint {path} was trained with {key} = {meta['config'].get(key)!r}, this run has "
@@ -215,15 +231,18 @@ def load_checkpoint(path: Path, state: dict, config: dict | None = None) -> tupl
         for name, item in state.items():
             _restore(item, _unflatten(meta["tree"][name], tensors))
     except (KeyError, RuntimeError, ValueError) as error:
-        raise TrainError(f"checkpoint {path} does not fit this model: {" ".join(str(error).split()[:40])}") from None
+        said = " ".join(str(error).split()[:40])
+        raise TrainError(f"checkpoint {path} does not fit this model: {said}") from None
     return meta["step"], meta["history"]
 
 
-def _find(resume: str, folder: Path | None) -> Path:
-    if resume in ("latest", "best"):
+def _find(resume: str, folder: Path | None) -> Path | None:
+    if resume in ("", "auto") and not (resume and folder and (folder / "latest.safetensors").is_file()):
+        return None
+    if resume in ("auto", "latest", "best"):
         if folder is None:
             raise TrainError(f"resume = {resume!r} needs a run folder")
-        return folder / f"{resume}.safetensors"
+        return folder / f"{'best' if resume == 'best' else 'latest'}.safetensors"
     path = root() / Path(resume).expanduser()
     return path / "latest.safetensors" if path.is_dir() else path
 

@@ -68,7 +68,8 @@ def test_mmd_agrees_with_a_naive_double_loop(kind, d):
 @pytest.mark.parametrize("kind", evaluate.KERNELS)
 def test_the_unbiased_mmd_agrees_with_a_naive_double_loop_over_blocks(kind):
     x, y = normal(33, 2, seed=1), 0.5 + normal(31, 2, seed=2)
-    blocks = [naive_mmd(x[i:i + 10], y[i:i + 10], kind, True) for i in (0, 10, 20)]
+    shuffled = x[torch.randperm(33, generator=torch.Generator().manual_seed(0))]
+    blocks = [naive_mmd(shuffled[i:i + 10], y[i:i + 10], kind, True) for i in (0, 10, 20)]
     found = evaluate.mmd_unbiased(x, y, kind, block=10)
     assert found["value"] == pytest.approx(np.mean(blocks), abs=1e-12) and found["n"] == 3
     assert found["se"] == pytest.approx(np.std(blocks, ddof=1) / 3 ** 0.5, abs=1e-12)
@@ -118,3 +119,11 @@ def test_an_unknown_kernel_and_too_few_points_are_refused():
     with pytest.raises(ValueError, match="at least two points of each kind, got 3 and 1"):
         evaluate.mmd_unbiased(x, x[:1])
     assert evaluate.mmd_unbiased(x, x[:2])["se"] is None
+
+
+def test_the_unbiased_mmd_does_not_depend_on_the_order_of_the_data():
+    """Blocks of sorted points would each be another distribution: the mean over them would be far too large."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4000, 2, generator=g), torch.randn(4000, 2, generator=g)
+    found = evaluate.mmd_unbiased(x[x[:, 0].argsort()], y)
+    assert abs(found["value"]) < 4 * found["se"] < 0.01

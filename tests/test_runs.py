@@ -258,9 +258,17 @@ def test_a_metric_that_is_no_finite_number_is_refused_and_the_old_results_stay(m
     run = begin()
     run.save(GOOD)
     before = (run.folder / "results.json").read_bytes()
-    assert "finite" in complaint(begin().save, {"nelbo": metric})
-    assert "finite" in complaint(begin().save, GOOD, history={"loss": [1.0, math.nan]})
+    assert "finite" in complaint(run.save, {"nelbo": metric})
+    assert "finite" in complaint(run.save, GOOD, history={"loss": [1.0, math.nan]})
     assert (run.folder / "results.json").read_bytes() == before and len(list(run.folder.iterdir())) == 1
+
+
+def test_plain_lists_take_one_line_and_no_value_changes():
+    record = {"a": "open [ bracket\n  next", "b": [1, 2.5, "x]\n y"], "c": {"d": [[1, 2], [3]], "e": []},
+              "f": "close ]"}
+    text = runs.as_text(record)
+    assert json.loads(text) == record and text.endswith("}\n") and '"f"' in text.splitlines()[-2]
+    assert len(runs.as_text({"history": {"step": list(range(500)), "loss": [0.5] * 500}}).splitlines()) == 6
 
 
 def full(descriptor):
@@ -408,7 +416,7 @@ def test_a_table_has_mean_and_standard_error_over_seeds():
 
 
 def test_a_table_keeps_sizes_apart_and_takes_older_runs():
-    found = [run_of(3.0, seed=1), run_of(9.0, reduced=["steps 3 instead of 9"], seed=2), run_of(5.0, seed=3)]
+    found = [run_of(3.0, seed=1), run_of(9.0, reduced=["steps 3 instead of 9"], seed=2, steps=3), run_of(5.0, seed=3)]
     table = runs.table(found, ["nelbo"], ["model", "kernel"])
     assert table["size"].tolist() == ["full", "steps 3 instead of 9"] and table["seeds"].tolist() == [2, 1]
     assert table["nelbo"].tolist() == ["4.0 ± 1.0", "9.0000"] and set(table["kernel"]) == {"–"}

@@ -65,9 +65,9 @@ def test_a_run_killed_at_random_and_resumed_is_bit_equal_to_an_uninterrupted_one
     assert meta(tmp_path / "killed")["history"] == meta(tmp_path / "whole")["history"] == history, told
 
 
-def meta(folder):
-    """What a folder's latest checkpoint says of itself."""
-    with safe_open(folder / "latest.safetensors", "pt") as file:
+def meta(folder, name="latest"):
+    """What a folder's checkpoint says of itself."""
+    with safe_open(folder / f"{name}.safetensors", "pt") as file:
         return json.loads(file.metadata()["meta"])
 
 
@@ -100,8 +100,11 @@ def test_history_holds_the_means_of_each_window_and_a_longer_run_continues_a_sho
     longer, resumed = line(12, folder=tmp_path, resume="latest")
     straight, whole = line(12)
     assert longer == straight and torch.equal(resumed.w, whole.w)
-    same, loaded = line(5, folder=tmp_path, resume="latest")          # fewer steps than done: only loads
+    same, loaded = line(12, folder=tmp_path, resume="auto")           # nothing left to do: only loads
     assert same == straight and torch.equal(loaded.w, whole.w)
+    with pytest.raises(train.TrainError, match="has done 12 steps, more than the 5 asked for"):
+        line(5, folder=tmp_path, resume="latest")
+    assert line(4, folder=tmp_path / "empty", resume="auto")[0] == line(4)[0]
 
 
 def test_a_metric_that_is_not_finite_stops_with_step_metric_and_last_good_checkpoint(tmp_path):
@@ -154,13 +157,19 @@ def test_a_full_disk_names_the_step_and_keeps_the_older_checkpoint(tmp_path, mon
         line(8, folder=tmp_path, resume="latest")
 
 
-def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path):
+def test_best_is_the_checkpoint_with_the_lowest_loss_also_after_a_resume(tmp_path):
+    """Checkpoints at 4, 8, 12 and 16, the one at 12 has the lowest logged loss."""
     def spoil(t, model):
-        if t == 8:
-            model.w.data.fill_(-50.0)
-    line(12, spoil, folder=tmp_path)
-    best, latest = (load_file(tmp_path / f"{name}.safetensors")["model/w"] for name in ("best", "latest"))
-    assert abs(best - 3) < abs(latest - 3)
+        if t in (10, 12):
+            model.w.data.fill_({10: 2.99, 12: -50.0}[t])
+    line(16, spoil, folder=tmp_path / "whole")
+    line(12, spoil, folder=tmp_path / "resumed")
+    line(16, lambda t, model: spoil(t + 12, model), folder=tmp_path / "resumed", resume="latest")
+    for name in ("latest", "best"):
+        whole, resumed = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("whole", "resumed"))
+        assert torch.equal(whole["model/w"], resumed["model/w"])
+    assert meta(tmp_path / "whole", "best")["step"] == meta(tmp_path / "resumed", "best")["step"] == 12
+    assert meta(tmp_path / "whole")["step"] == 16
 
 
 def test_batches_are_permutations_of_each_epoch_and_a_function_of_seed_and_step():
