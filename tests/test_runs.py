@@ -286,6 +286,15 @@ def test_a_full_disk_leaves_the_old_results_whole(monkeypatch):
     assert [p.name for p in run.folder.iterdir()] == ["results.json"]
 
 
+def test_a_notebook_begun_again_by_hand_is_not_complete_until_it_saves(monkeypatch):
+    run = begin()
+    run.save(GOOD)
+    monkeypatch.setenv("VAEBOOK_RUN", str(run.folder))              # the launcher sees to this itself
+    assert (begin().folder / "results.json").exists()
+    monkeypatch.delenv("VAEBOOK_RUN")
+    assert not (begin().folder / "results.json").exists()
+
+
 def test_results_appear_whole_or_not_at_all(monkeypatch):
     run = begin()
     seen = []
