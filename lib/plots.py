@@ -45,9 +45,10 @@ def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "") ->
 
 
 def compare(found: list[dict], metric: str, ylabel: str, by: list[str]) -> Figure:
-    """One curve per run record that has the metric in its history, named at the right by its parameters `by`."""
+    """One curve per run record that has the metric in its history, named at the right by those of `by` that differ."""
     fig, ax = plt.subplots(figsize=(WIDTH, 3.0))
     shown = [record for record in found if metric in record.get("history", {})]
+    by = [name for name in by if len({str(record["parameters"][name]) for record in shown}) > 1] or by[:1]
     for i, record in enumerate(sorted(shown, key=lambda record: -record["history"][metric][-1])):
         label = ", ".join(str(record["parameters"][name]) for name in by)
         ax.plot(record["history"]["step"], record["history"][metric], color=PALETTE[i % len(PALETTE)],

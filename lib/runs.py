@@ -357,6 +357,7 @@ def table(found: list[dict], metrics: list[str], by: list[str]):
     too old to have one), seeds, size, metric -> "m ± s".
     """
     import pandas as pd
+    pd.set_option("display.max_colwidth", None)               # a notebook shows how a run is reduced, whole
     rows = {}
     for record in sorted(found, key=lambda record: record.get("date", "")):
         setting = {name: value for name, value in record["parameters"].items() if name not in ("seed", *HOUSEKEEPING)}
