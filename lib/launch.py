@@ -1,14 +1,12 @@
 """`python -m lib run` and `record`: papermill with checked parameters, a time limit, one retry, resume."""
 import contextlib
 import fcntl
-import logging
 import os
 import shutil
-import sys
-import threading
 from pathlib import Path
 
 from lib import root, runs, write_atomic
+from lib.execute import ExecutionError, TimeLimitError, execute
 
 
 def describe() -> str:
@@ -45,11 +43,10 @@ def run(experiment: str, preset: str, changes: dict, out: str | None = None, tim
             file.unlink(missing_ok=True)
         if "resume" in values and not values["resume"]:
             values["resume"] = "auto"
-        environment = {"VAEBOOK_RUN": str(folder), "VAEBOOK_PRESET": preset, "MPLBACKEND": None}  # it hides figures
+        environment = {"VAEBOOK_RUN": str(folder), "VAEBOOK_PRESET": preset}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        with _environment(environment):
-            _execute(experiment, values, folder, timeout)
+        _execute(experiment, values, folder, timeout, environment)
         try:
             os.replace(folder / "results.json.pending", results)
         except FileNotFoundError:
@@ -79,33 +76,24 @@ def _values(experiment: str, preset: str, changes: dict) -> dict:
     return runs.check(experiment, known.get(preset, {}) | changes)
 
 
-def _execute(experiment: str, values: dict, folder: Path, timeout: float) -> None:
-    """Papermill with one retry if the kernel dies or does not start. RunError with the notebook's own complaint."""
-    from papermill import execute_notebook
-    from papermill.exceptions import PapermillExecutionError
-    for name in ("papermill", "asyncio"):                  # what they and the kernel log is said here, in one line
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    arguments = {"kernel_name": "python3", "language": "python", "cwd": root() / "notebooks", "progress_bar": False,
-                 "iopub_timeout": 60, "extra_arguments": ["--log-level=50"]}
-    with _time_limit(timeout) as expired:
-        for attempt in (1, 2):
-            if (folder / "latest.safetensors").is_file() and "resume" in values:
-                values["resume"] = "auto"                  # its own checkpoint is further than the one it began with
-            try:
-                execute_notebook(runs.notebook_path(experiment), folder / "notebook.ipynb", values, **arguments)
-                return
-            except PapermillExecutionError as error:
-                raise runs.RunError(_complaint(experiment, error, folder)) from None
-            except (RuntimeError, OSError) as error:
-                if expired.is_set():
-                    then = "goes on from the last checkpoint" if "resume" in values else "starts it again"
-                    raise runs.RunError(f"{experiment} reached the time limit of {timeout:g} s: the same command "
-                                        f"{then}, --timeout raises the limit") from None
-                if isinstance(error, OSError):
-                    raise runs.RunError(f"{experiment} cannot be executed in {_shown(folder)}: {error}") from None
-                if attempt == 2:
-                    raise runs.RunError(f"{experiment}: the kernel died twice ({error}): too little memory?") from None
-                print(f"the kernel died ({error}): once more", file=sys.stderr)
+def _execute(experiment: str, values: dict, folder: Path, timeout: float, environment: dict) -> None:
+    """Run the notebook into the folder. RunError with the notebook's own complaint, or why it could not be run."""
+    from papermill import PapermillExecutionError
+
+    def prefer_own_checkpoint():                               # it is further than the one the run began with
+        if (folder / "latest.safetensors").is_file() and "resume" in values:
+            values["resume"] = "auto"
+    try:
+        execute(runs.notebook_path(experiment), folder / "notebook.ipynb", values, timeout, environment,
+                prefer_own_checkpoint)
+    except PapermillExecutionError as error:
+        raise runs.RunError(_complaint(experiment, error, folder)) from None
+    except TimeLimitError:
+        then = "goes on from the last checkpoint" if "resume" in values else "starts it again"
+        raise runs.RunError(f"{experiment} reached the time limit of {timeout:g} s: the same command {then}, --timeout "
+                            "raises the limit") from None
+    except ExecutionError as error:
+        raise runs.RunError(f"{experiment} in {_shown(folder)}: {error}") from None
 
 
 def _complaint(experiment: str, error, folder: Path) -> str:
@@ -115,46 +103,6 @@ def _complaint(experiment: str, error, folder: Path) -> str:
         return f"{experiment}: {line}"
     where = _shown(folder / "notebook.ipynb")
     return f"{experiment} stopped in cell [{error.exec_count}] with {error.ename}: {line} (see {where})"
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float):
-    """Kill the kernels that the body starts once the time is up; yields an event that is set then.
-
-    The body finds its kernel dead; an exception raised into it by a signal might get lost in papermill's event loop.
-    """
-    import psutil
-    over, expired = threading.Event(), threading.Event()
-    spared = set(psutil.Process().children(recursive=True))
-
-    def watch():
-        if not over.wait(min(seconds, threading.TIMEOUT_MAX)):
-            expired.set()
-            while not over.wait(0.5):
-                for child in set(psutil.Process().children(recursive=True)) - spared:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield expired
-    finally:
-        over.set()
-        watcher.join()
-
-
-@contextlib.contextmanager
-def _environment(values: dict):
-    """Set environment variables for the body's children; None unsets."""
-    def put(values):
-        for name, value in values.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    before = {name: os.environ.get(name) for name in values}
-    put(values)
-    try:
-        yield
-    finally:
-        put(before)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,8 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,57 +22,27 @@ from pathlib import Path
 import yaml
 
 from lib import BookError, offline, root, write_atomic
+from lib import execute as execution
 
 LIMIT = 900         # seconds a notebook may take; it needs about twenty, on a busy machine far more
 
 
-class ReportError(BookError):
-    """The report cannot be made; the message says why in one line."""
-
-
 # --- executing ---
 
-@contextlib.contextmanager
-def deadline(seconds: float):
-    """Raise ReportError in the body when it takes longer (main thread only): kernels can hang."""
-    def expire(*_):
-        raise ReportError(f"took more than {seconds:g} s")
+def execute(source: Path, target: Path, limit: float = LIMIT):
+    """Run a notebook at its defaults from its own folder; return it with its outputs, as `target` holds it too.
 
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def execute(source: Path, target: Path, parameters: dict | None = None, limit: float = LIMIT):
-    """Run a notebook from its own folder; return it with its outputs, as `target` holds it too.
-
-    A cell that raises ends the run and stays in the outputs for `gate` to find. A kernel that dies gets one
-    more try. Raises ReportError when it dies twice or `limit` seconds pass.
+    A cell that raises ends the run and stays in the outputs for `gate` to find. Raises ExecutionError when the kernel
+    dies twice or `limit` seconds pass.
     """
     import nbformat
-    import papermill
+    from papermill import PapermillExecutionError
 
-    os.environ.pop("MPLBACKEND", None)                  # a kernel inherits it and then draws no figure
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # every kernel would compile torch anew
-    os.environ.setdefault("OMP_NUM_THREADS", "1")       # as the tests run it; enough for the smoke size
-    for attempt in (1, 2):
-        try:
-            with deadline(limit):
-                return papermill.execute_notebook(source, target, parameters, kernel_name="python3",
-                                                  progress_bar=False, cwd=source.parent,
-                                                  extra_arguments=["--log-level=50"])
-        except papermill.PapermillExecutionError:
-            return nbformat.read(target, as_version=4)
-        except ReportError:
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)     # the tasks left behind would complain
-            raise
-        except RuntimeError as error:       # so nbclient calls a kernel that died or never got ready
-            if attempt == 2:
-                raise ReportError(f"its kernel died twice ({str(error).splitlines()[0]})") from error
+    threads = os.environ.get("OMP_NUM_THREADS", "1")    # as the tests run it; enough for the smoke size
+    try:
+        return execution.execute(source, target, {}, limit, {"OMP_NUM_THREADS": threads})
+    except PapermillExecutionError:
+        return nbformat.read(target, as_version=4)
 
 
 def _code_cells(notebook) -> list:
@@ -189,7 +157,7 @@ def build() -> int:
                 executed[source.stem] = notebook = execute(source, target)
                 found = gate(notebook, stored=nbformat.read(source, as_version=4))
                 target.write_text(clean(notebook))      # readers can download it: no path of this machine
-            except (ReportError, OSError) as error:
+            except (BookError, OSError) as error:
                 found = [str(error)]
         problems += [f"{name}: {problem}" for problem in found]
     if not problems:
@@ -245,7 +213,7 @@ def _renew(source: Path) -> list[str]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             notebook = execute(source, Path(scratch) / source.name)
-    except (ReportError, OSError) as error:
+    except (BookError, OSError) as error:
         return [str(error)]
     problems, text = gate(notebook), clean(notebook)
     problems += [f"its outputs name {path}" for path in {str(root()), str(Path.home())} if path in text]

@@ -223,7 +223,7 @@ def test_a_kernel_that_dies_twice_is_given_up(checkout, capfd):
     assert main(["run", "toy", "--set", "how=die"]) == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines == ["the kernel died (Kernel died): once more",
-                     "error: toy: the kernel died twice (Kernel died): too little memory?"]
+                     "error: toy in runs/toy/how=die: the kernel died twice (Kernel died): too little memory?"]
     assert unfinished(checkout / "runs" / "toy" / "how=die")
 
 
@@ -247,7 +247,7 @@ def test_a_folder_with_another_complete_run_is_not_taken_for_this_one(checkout, 
 
 def test_papermills_own_file_that_cannot_be_written_is_named(checkout, fails):
     (checkout / "runs" / "toy" / "default" / "notebook.ipynb").mkdir(parents=True)
-    assert "toy cannot be executed in runs/toy/default: [Errno 21] Is a directory" in fails("run", "toy")
+    assert "toy in runs/toy/default: cannot be executed: [Errno 21] Is a directory" in fails("run", "toy")
 
 
 def test_plain_papermill_refuses_a_misspelt_parameter(checkout, tmp_path):
@@ -288,7 +288,8 @@ def test_training_that_diverges_ends_a_run(checkout, fails):
 
 # ------------------------------------------------------------------------------------------------ real processes
 def launched(checkout, *words):
-    return subprocess.Popen([sys.executable, "-m", "lib", *words], cwd=checkout, text=True,
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # noqa: E731   (in the background shells ignore it)
+    return subprocess.Popen([sys.executable, "-m", "lib", *words], cwd=checkout, text=True, preexec_fn=heed,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
