@@ -79,12 +79,10 @@ def _data(options) -> int:
 
     if not options.fetch:
         for row in data.listing():
-            print("\n".join([row.pop("name"), *(f"  {key:8} {value}" for key, value in row.items())]))
+            print("\n".join([row.pop("name"), *(f"  {key:8} {value}".replace("\n", "\n" + 11 * " ")
+                                            for key, value in row.items())]))
         return 0
-    try:
-        folder = data.fetch(options.fetch)
-    except data.DataError as error:
-        raise runs.RunError(str(error)) from None
+    folder = data.fetch(options.fetch)
     print(f"{options.fetch} is in {folder}" if folder else f"{options.fetch} is embedded: nothing to fetch")
     return 0
 

@@ -294,7 +294,7 @@ def listing() -> list[dict[str, str]]:
                 state = f"present in {folder}"
             except DataError as error:
                 state = str(error)
-        digest = _digest_of_files(name)[:16] if source.files else "generated"
-        rows.append({"name": name, "what": source.what, "state": state, "size": source.size, "sha256": digest,
+        sums = [f"{digest}  {file}" for file, digest in source.files.items()] or ["of its pixels, in each results.json"]
+        rows.append({"name": name, "what": source.what, "state": state, "size": source.size, "sha256": "\n".join(sums),
                      "licence": source.licence, "get it": source.how})
     return rows
