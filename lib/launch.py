@@ -126,7 +126,7 @@ def record(folder: str) -> str:
     """
     source = Path(folder)
     found = runs.read(source / "results.json")
-    if found["git"]["dirty"] or found["git"]["commit"] == "unknown":
+    if any(code["dirty"] or code["commit"] == "unknown" for code in [found["git"], *found.get("made_by", [])]):
         raise runs.RunError(f"{folder} was made by uncommitted code: commit, run again, then record")
     target = root() / "book" / "results" / found["experiment"] / found["run"]
     if absent := [name for name in found["figures"] if not (source / name).is_file()]:

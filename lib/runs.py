@@ -209,6 +209,7 @@ class Run:
             "seed": self.parameters.get("seed"),
             "dataset": {"name": dataset.name, "sha256": dataset.sha256} if dataset else None,
             "command": command_of(self.experiment, self.preset, self.parameters), "git": self.git,
+            "made_by": _made_by(self.folder),
             "versions": versions(), "device": device_info(self.parameters.get("device", "auto")),
             "wall_time_s": round(time.time() - self.started, 1), "peak_memory_mb": peak_memory_mb(),
             "figures": self.figures,
@@ -223,6 +224,13 @@ class Run:
             raise RunError(f"cannot write {self.folder / file}: {error.strerror}") from None
         _glue({name: metric["value"] for name, metric in metrics.items()})
         return record
+
+
+def _made_by(folder: Path) -> list[dict]:
+    if not any(folder.rglob("latest.safetensors")):
+        return []
+    from lib import train
+    return train.made_by(folder)
 
 
 def as_text(record: dict) -> str:

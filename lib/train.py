@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib import BookError, root, write_atomic
+from lib.runs import git_state
 
 FORMAT = "vaebook-checkpoint-1"
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -116,12 +118,13 @@ def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | 
         raise TrainError("steps must be >= 0, log_every and checkpoint_every >= 1, "
                          f"got {steps}, {log_every} and {checkpoint_every}")
     config = json.loads(json.dumps(config))
-    done, history, best = 0, {"step": []}, math.inf
+    done, history, best, earlier, began = 0, {"step": []}, math.inf, [], time.monotonic()
     if path := _find(resume, folder):
         done, history = load_checkpoint(path, state, config)
-        best = _meta(path).get("best", math.inf)
+        best, earlier = _meta(path).get("best", math.inf), _meta(path).get("made_by", [])
     if done > steps:
         raise TrainError(f"{path} has done {done} steps, more than the {steps} asked for: give at least as many")
+    code = git_state() if folder else {}
     window, names = [], None
     with precision(numerics, _device_of(state)), _progress(steps, done, title) as bar:
         for t in range(done, steps):
@@ -136,7 +139,8 @@ def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | 
                 bar.update(len(window))
                 window.clear()
             if checkpoint:
-                best = _save_checkpoint(folder, state, t + 1, history, config, best)
+                own = code | {"steps": [done, t + 1], "seconds": round(time.monotonic() - began, 1)}
+                best = _save_checkpoint(folder, state, t + 1, history, config, best, [*earlier, own])
     return history
 
 
@@ -178,7 +182,8 @@ def _progress(steps: int, done: int, title: str):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config: dict, best: float) -> float:
+def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config: dict, best: float,
+                     made_by: list[dict]) -> float:
     """Write latest and, if its last logged loss is below `best`, best; returns the lowest such loss so far."""
     tensors: dict[str, Tensor] = {}
     tree = {name: _flatten(_state_of(item), name, tensors) for name, item in state.items()}
@@ -186,7 +191,7 @@ def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config
     if bad:
         raise TrainError(f"{bad} is not finite after step {step}; {_last_good(folder)}; lower the learning rate")
     meta = {"format": FORMAT, "step": step, "device": _device_of(state).type, "config": config, "history": history,
-            "best": min(best, history.get("loss", [math.inf])[-1]), "tree": tree}
+            "best": min(best, history.get("loss", [math.inf])[-1]), "made_by": made_by, "tree": tree}
     content = save(tensors, metadata={"meta": json.dumps(meta)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +202,15 @@ def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config
         raise TrainError(f"cannot write the checkpoint of step {step} to {folder}: {error.strerror}; "
                          f"{_last_good(folder)}; free space or choose another folder, then resume") from None
     return meta["best"]
+
+
+def made_by(folder: Path) -> list[dict]:
+    """The processes that trained the latest checkpoints below a folder: commit, dirty, steps [first, last], seconds."""
+    found = []
+    for path in sorted(folder.rglob("latest.safetensors")):
+        with contextlib.suppress(SafetensorError, ValueError):
+            found += _meta(path).get("made_by", [])
+    return found
 
 
 def _meta(path: Path) -> dict:

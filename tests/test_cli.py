@@ -389,3 +389,9 @@ def test_a_record_is_not_overwritten_by_other_numbers(checkout, complete, fails,
 def test_a_book_that_cannot_be_written_is_named(checkout, complete, fails):
     (checkout / "book").write_text("a file")
     assert fails("record", complete) == "cannot write to book/results/toy/paper-seed=2: Not a directory"
+
+
+def test_a_run_that_uncommitted_code_began_is_not_recorded(checkout, complete, fails):
+    clean = {"commit": "a" * 40, "dirty": False, "steps": [5, 9], "seconds": 1.0}
+    changed(complete, made_by=[clean | {"dirty": True, "steps": [0, 5]}, clean])
+    assert "made by uncommitted code" in fails("record", complete)

@@ -230,7 +230,7 @@ def test_a_saved_run_has_every_key_of_the_schema(house, monkeypatch):
     assert record == json.loads(json.dumps(returned)) == runs.read(run.folder / "results.json")
     assert set(record) == {"schema", "experiment", "run", "preset", "parameters", "metrics", "history", "seed", "git",
                            "dataset", "versions", "device", "wall_time_s", "peak_memory_mb", "date", "command",
-                           "figures", "reduced"}
+                           "figures", "reduced", "made_by"}
     assert [record[key] for key in ("schema", "experiment", "run", "preset")] == [1, "toy", "cpu-seed=2", "cpu"]
     assert record["parameters"] == DEFAULTS | {"steps": 500, "seed": 2} and record["seed"] == 2
     assert record["metrics"] == GOOD and record["history"] == {"step": [50], "loss": [0.5]}

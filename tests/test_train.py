@@ -63,6 +63,9 @@ def test_a_run_killed_at_random_and_resumed_is_bit_equal_to_an_uninterrupted_one
         different = [key for key in whole if not torch.equal(killed[key], whole[key])]
         assert not different, f"{different}\n{told}"
     assert meta(tmp_path / "killed")["history"] == meta(tmp_path / "whole")["history"] == history, told
+    parts = [entry["steps"] for entry in train.made_by(tmp_path / "killed")]          # one process after the other
+    assert parts[0][0] == 0 and parts[-1][1] == killed_training.STEPS and len(parts) > 1
+    assert [last for _, last in parts[:-1]] == [first for first, _ in parts[1:]]
 
 
 def meta(folder, name="latest"):
