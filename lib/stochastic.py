@@ -2,6 +2,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,3 +22,35 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, log_sigma: Tensor | float) -> Ten
     log_sigma = torch.as_tensor(log_sigma, dtype=x.dtype, device=x.device)
     terms = -0.5 * ((x - mean) * torch.exp(-log_sigma)).square() - log_sigma - 0.5 * math.log(2 * math.pi)
     return terms.flatten(1).sum(1)
+
+
+# ------------------------------------------------------------------------------------------------ bits
+def bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Bits drawn from Bernoulli(sigmoid(logits)), as floats in {0, 1} without gradient, any shape."""
+    return torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+
+
+def zgr(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Bits drawn as by `bernoulli`, with the gradient of `zgr_at`."""
+    return zgr_at(bernoulli(logits, generator), logits)
+
+
+def zgr_at(z: Tensor, logits: Tensor) -> Tensor:
+    """Given bits with the ZGR gradient: dz/dlogit := p/2 where z = 0, (1 - p)/2 where z = 1, p = sigmoid(logit).
+
+    For bits ZGR (Shekhovtsov 2023) is DARN(1/2) (Gregor et al. 2014). It estimates the gradient of E f(z) by the
+    trapezium rule f(1) - f(0) = (f'(0) + f'(1))/2 in each bit: exact for quadratic f, biased beyond. z stays 0 or 1.
+    """
+    p = logits.detach().sigmoid()
+    slope = (z * (1 - p) + (1 - z) * p) / 2
+    return z + slope * (logits - logits.detach())
+
+
+def bernoulli_entropy(logits: Tensor) -> Tensor:
+    """Entropy of Bernoulli(sigmoid(logits)) in nats, elementwise."""
+    return F.softplus(logits) - logits * logits.sigmoid()
+
+
+def bernoulli_kl(logits: Tensor, prior: Tensor) -> Tensor:
+    """KL between independent Bernoullis, given by their logits, in nats: [B, n], [B, n] -> [B]."""
+    return (logits.sigmoid() * (logits - prior) - F.softplus(logits) + F.softplus(prior)).sum(-1)

@@ -1,0 +1,399 @@
+"""The HVAE of symmetric learning: parameter counts, and a tiny one, whose every objective is enumerated."""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib import data, stochastic, symmetric, train
+
+BOTH = pytest.mark.parametrize("encoder", symmetric.ENCODERS)
+BITS = (2, 2)
+CODES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=sum(BITS))), dtype=torch.float64)     # [16, 4]
+DIGITS = data.load("digits", size=28)
+
+
+def tiny(encoder, gaussian=False, seed=1):
+    """A float64 HVAE of 2 + 2 bits on 2x2 images whose encoder and decoder have something to say."""
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.Tanh())
+    decoder = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2)))
+    model = symmetric.HVAE(encoder, BITS, trunk, 5, decoder, gaussian, (1, 2, 2))
+    symmetric.initialise(model, train.generator(seed))
+    with torch.no_grad():
+        for parameter in [*model.encoder.parameters(), *model.decoder.parameters()]:
+            parameter.mul_(3)
+        if gaussian:
+            model.log_sigma.fill_(-0.4)
+    return model.double()
+
+
+def make(encoder="ladder", learning="symmetric", dataset="digits", width=4, lr=1e-3, seed=1):
+    """A narrow model of the work with its step and state."""
+    model = symmetric.initialise(symmetric.build(dataset, encoder, (5, 9), width), train.generator(seed))
+    step, state = symmetric.training(model, train.generator(seed + 1), learning, lr)
+    return model, step, state
+
+
+# ------------------------------------------------------------------------------------------------ brute force
+def log_bernoulli(logits, z):
+    """log of independent Bernoullis, from probabilities."""
+    p = 1 / (1 + torch.exp(-logits))
+    return torch.log(torch.where(z == 1, p, 1 - p)).flatten(1).sum(1)
+
+
+def brute(model, x):
+    """log p(x, z) and log q(z|x) of an image x [1, 2, 2] for all 16 codes, straight from the definitions: [16] each."""
+    z0, z1, many = CODES[:, :2], CODES[:, 2:], x.expand(16, 1, 2, 2)
+    prior, output = model.prior(z0), model.decoder(z1)
+    if model.gaussian:
+        sigma = model.log_sigma.exp()
+        log_x = (-(many - output) ** 2 / (2 * sigma ** 2)).flatten(1).sum(1)
+        log_x = log_x - 4 * torch.log(sigma * math.sqrt(2 * math.pi))
+    else:
+        log_x = log_bernoulli(output, many)
+    log_p = -2 * math.log(2) + log_bernoulli(prior, z1) + log_x
+    h = model.encoder.trunk(many)
+    extra = model.encoder.to_z1(h)
+    if model.kind == "ladder":
+        log_q = log_bernoulli(model.encoder.to_z0(h) + model.encoder.skip(extra), z0) + log_bernoulli(prior + extra, z1)
+    else:
+        log_q = log_bernoulli(extra, z1) + log_bernoulli(model.encoder.to_z0(z1), z0)
+    return log_p, log_q
+
+
+def some_images(model, n=3):
+    x = torch.rand(n, 1, 2, 2, dtype=torch.float64, generator=train.generator(7))
+    return x if model.gaussian else x.round()
+
+
+def given_bits(model, x, bit=None):
+    """`drawn` of HVAE.draw_q for all 16 codes and one image: every draw replaced by the enumerated bits."""
+    z0, z1 = CODES[:, :2], CODES[:, 2:]
+    order = iter((z0, z1) if model.kind == "ladder" else (z1, z0))
+    a = tuple(part.expand(16, -1) for part in model.encoder(x[None]))
+    return model.draw_q(a, None, lambda logits, _: (bit or (lambda z, _: z))(next(order), logits))
+
+
+@BOTH
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_posteriors_and_both_objectives_are_the_enumerated_ones(encoder, gaussian):
+    model = tiny(encoder, gaussian)
+    for x in some_images(model):
+        log_p, log_q = brute(model, x)
+        torch.testing.assert_close(log_q.exp().sum().item(), 1.0)
+        many, (z0, z1) = x.expand(16, 1, 2, 2), CODES.split(2, 1)
+        of_p = sum(symmetric.p_loss(model, many, z0, z1)) + 2 * math.log(2)
+        of_q = sum(symmetric.q_loss(model, model.encoder(many), z0, z1, model.prior(z0)))
+        torch.testing.assert_close(-of_p, log_p, atol=1e-5, rtol=0)
+        torch.testing.assert_close(-of_q, log_q, atol=1e-5, rtol=0)
+        drawn = given_bits(model, x)
+        elbo = (log_q.exp() * (log_p - log_q)).sum()
+        own = -(log_q.exp() * sum(symmetric.elbo_loss(model, many, drawn))).sum()
+        torch.testing.assert_close(own, elbo, atol=1e-5, rtol=0)
+        assert elbo < log_p.logsumexp(0)
+
+
+@BOTH
+def test_p_is_a_distribution(encoder):
+    """Over all images and codes the joint sums to one, and images are drawn with its marginal."""
+    model = tiny(encoder)
+    every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=4)), dtype=torch.float64).view(16, 1, 2, 2)
+    marginal = torch.stack([brute(model, x)[0].logsumexp(0) for x in every]).exp()
+    assert marginal.sum().item() == pytest.approx(1, abs=1e-12)
+    noise, n = train.generator(3), 20_000
+    drawn = model.draw_x(model.decode(model.draw_z(n, noise)[1]), noise)
+    counts = torch.bincount((drawn.flatten(1) @ torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)).long(), minlength=16)
+    chi2 = ((counts - n * marginal) ** 2 / (n * marginal)).sum().item()
+    assert chi2 < 50                                        # 15 degrees of freedom: exceeded once in 100,000 times
+
+
+@BOTH
+def test_draws_of_q_have_the_enumerated_frequencies(encoder):
+    model, n = tiny(encoder), 20_000
+    x = some_images(model)[0]
+    expected = brute(model, x)[1].exp()
+    drawn = model.draw_q(model.encoder(x.expand(n, 1, 2, 2)), train.generator(4))
+    index = torch.cat(drawn[:2], 1) @ torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)
+    chi2 = ((torch.bincount(index.long(), minlength=16) - n * expected) ** 2 / (n * expected)).sum().item()
+    assert chi2 < 50
+
+
+@BOTH
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_evaluate_estimates_the_elbo(encoder, gaussian):
+    model, batch = tiny(encoder, gaussian).float(), torch.tensor([[[[30, 200], [250, 90]]]], dtype=torch.uint8)
+    x = symmetric.images(batch, gaussian)[0].double()
+    log_p, log_q = brute(model.double(), x)
+    elbo = (log_q.exp() * (log_p - log_q)).sum().item()
+    terms = symmetric.evaluate(model.float(), batch.expand(20_000, 1, 2, 2), train.generator(5))
+    assert abs(terms["elbo"].mean().item() - elbo) < 4 * terms["elbo"].std().item() / 20_000 ** 0.5
+    torch.testing.assert_close(terms["elbo"], terms["rec"] - terms["kl"])
+
+
+# ------------------------------------------------------------------------------------------------ ZGR
+def test_zgr_is_its_definition():
+    logits = torch.linspace(-3, 3, 12, dtype=torch.float64).requires_grad_()
+    z = stochastic.zgr(logits, train.generator(1))
+    assert set(z.tolist()) == {0.0, 1.0}
+    assert torch.equal(z.detach(), stochastic.bernoulli(logits, train.generator(1)))
+    weights = torch.arange(1.0, 13.0, dtype=torch.float64)
+    (z * weights).sum().backward()
+    p = 1 / (1 + torch.exp(-logits.detach()))
+    torch.testing.assert_close(logits.grad, weights * torch.where(z == 1, (1 - p) / 2, p / 2))
+
+
+def test_zgr_is_exact_for_quadratics_and_biased_beyond():
+    logits = torch.tensor([0.8, -1.1, 0.3], dtype=torch.float64)
+    codes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+    square = torch.randn(3, 3, dtype=torch.float64, generator=train.generator(2))
+
+    def gradients(f):
+        leaf = logits.clone().requires_grad_()
+        exact = torch.autograd.grad((log_bernoulli(leaf, codes).exp() * f(codes)).sum(), leaf)[0]
+        q = log_bernoulli(logits, codes).exp()
+        leaf = logits.clone().requires_grad_()
+        own = torch.autograd.grad((q * f(stochastic.zgr_at(codes, leaf))).sum(), leaf)[0]
+        return own, exact
+
+    own, exact = gradients(lambda z: ((z @ square) * z).sum(1) + z @ square[0])
+    torch.testing.assert_close(own, exact)
+    own, exact = gradients(lambda z: torch.exp(2 * z.sum(1)))
+    assert ((own - exact).abs() / exact.abs()).max() > 0.1
+
+
+@BOTH
+def test_zgrs_bias_is_measured_against_the_exact_gradient(encoder):
+    """The report of the notebook, with the gradient of one parameter checked by finite differences."""
+    model, batch = tiny(encoder), torch.tensor([[[[30, 200], [250, 90]]]], dtype=torch.uint8)
+    exact, expected = symmetric.elbo_gradients(model, batch)
+    assert exact.shape == expected.shape == (sum(p.numel() for p in model.encoder.parameters()),)
+    x = symmetric.images(batch, False)[0].double()
+
+    def negative_elbo():
+        with torch.no_grad():
+            log_p, log_q = brute(model, x)
+            return -(log_q.exp() * (log_p - log_q)).sum().item()
+
+    parameter, start, at = model.encoder.trunk[1].weight, 0, None
+    for own in model.encoder.parameters():
+        if own is parameter:
+            at = start
+        start += own.numel()
+    with torch.no_grad():
+        parameter[0, 1] += 1e-5
+        above = negative_elbo()
+        parameter[0, 1] -= 2e-5
+        below = negative_elbo()
+        parameter[0, 1] += 1e-5
+    assert exact[at + 1].item() == pytest.approx((above - below) / 2e-5, rel=1e-5)
+    bias = ((expected - exact).norm() / exact.norm()).item()
+    assert 1e-3 < bias < 0.5                                # biased, though not by much
+
+
+# ------------------------------------------------------------------------------------------------ the work's networks
+def test_parameter_counts_are_the_works():
+    """The published counts include the sigma of Fashion-MNIST and, for the reverse encoder, one scalar never used."""
+    def count(*args):
+        return sum(p.numel() for p in symmetric.build(*args).parameters())
+    assert count("mnist", "ladder") == 3_020_143
+    assert count("mnist", "reverse") == 3_080_744 - 1
+    assert count("fashionmnist", "ladder") == 5_172_543 + 1
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashionmnist"])
+def test_the_spatial_sizes_are_the_works(dataset):
+    model, x = symmetric.build(dataset, "ladder", width=2), torch.rand(1, 1, 28, 28)
+    sizes = []
+    for layer in model.encoder.trunk[:-1]:
+        x = layer(x)
+        sizes += [x.shape[-1]] * isinstance(layer, nn.Conv2d)
+    assert sizes == [28, 27, 13, 11, 9, 4, 1]
+    x, sizes = torch.rand(1, 100), []
+    for layer in model.decoder:
+        x = layer(x)
+        sizes += [x.shape[-1]] * isinstance(layer, nn.ConvTranspose2d | nn.Conv2d)
+    assert sizes == [4, 9, 11, 13, 27, 28, 28]
+    assert type(model.decoder[2]) is (nn.ReLU if dataset == "fashionmnist" else symmetric.Tanh)
+
+
+def test_the_faster_layers_are_the_layers_they_stand_for():
+    x = torch.randn(6, 8, 4, 4, dtype=torch.float64, generator=train.generator(1)).requires_grad_()
+    torch.testing.assert_close(symmetric.Tanh()(x), torch.tanh(x), atol=1e-12, rtol=0)
+    tanh = symmetric.Tanh()(x.float())
+    assert (tanh - torch.tanh(x.float())).abs().max() < 3e-7
+    for fast, plain, given in ((symmetric.FullConv2d(8, 5, 4), nn.Conv2d(8, 5, 4), x),
+                               (symmetric.FullConvTranspose2d(8, 5, 4), nn.ConvTranspose2d(8, 5, 4), x[:, :, :1, :1])):
+        fast.double(), plain.double().load_state_dict(fast.state_dict())
+        for layer in (fast, fast.to(memory_format=torch.channels_last)):
+            own, expected = layer(given), plain(given)
+            torch.testing.assert_close(own, expected)
+            gradients = (torch.autograd.grad(y.square().sum(), [given, *layer_.parameters()]) for y, layer_ in
+                         ((own, layer), (expected, plain)))
+            torch.testing.assert_close(*gradients)
+
+
+def test_initial_weights_are_pytorchs_and_depend_on_the_generator_only():
+    model, again = (make(seed=3)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    torch.manual_seed(0)
+    for name, parameter in symmetric.build("digits", "ladder", (5, 9), 4).named_parameters():    # PyTorch's own
+        own = model.get_parameter(name)
+        assert own.numel() < 100 or own.std().item() == pytest.approx(parameter.std().item(), rel=0.15), name
+
+
+# ------------------------------------------------------------------------------------------------ steps
+@BOTH
+def test_the_symmetric_step_is_two_adam_steps_on_the_two_likelihoods(encoder):
+    """Replayed with the same noise by plain autograd and an unfused Adam, nothing shared, nothing reused."""
+    model, step, _ = make(encoder)
+    plain = symmetric.build("digits", encoder, (5, 9), 4)
+    plain.load_state_dict(model.state_dict())
+    noise, batch = train.generator(2), DIGITS.train[:8]
+    metrics = step(batch)
+
+    x = symmetric.observed(batch, False, noise)
+    z0, z1 = (z.detach() for z in plain.draw_q(plain.encoder(torch.cat([x, plain.chain])), noise)[:2])
+    p_adam = torch.optim.Adam([*plain.prior.parameters(), *plain.decoder.parameters()], lr=1e-3)
+    logits, output = plain.prior(z0[:8]), plain.decoder(z1[:8])
+    p_z1 = F.binary_cross_entropy_with_logits(logits, z1[:8], reduction="sum") / 8
+    p_x = F.binary_cross_entropy_with_logits(output, x, reduction="sum") / 8
+    (p_z1 + p_x).backward()
+    p_adam.step()
+    own_z0, own_z1, _ = (z.detach() for z in plain.draw_z(8, noise))
+    drawn = plain.draw_x(plain.decoder(torch.cat([own_z1, z1[8:]])), noise)
+    own_x, chain = drawn[:8].detach(), drawn[8:]
+    q_adam = torch.optim.Adam(plain.encoder.parameters(), lr=1e-3)
+    if encoder == "ladder":
+        logits0, extra = plain.encoder(own_x)
+        logits1 = plain.prior(own_z0).detach() + extra
+    else:
+        logits0, logits1 = plain.encoder.to_z0(own_z1), plain.encoder(own_x)[0]
+    q_z0 = F.binary_cross_entropy_with_logits(logits0, own_z0, reduction="sum") / 8
+    q_z1 = F.binary_cross_entropy_with_logits(logits1, own_z1, reduction="sum") / 8
+    q_adam.zero_grad()
+    (q_z0 + q_z1).backward()
+    q_adam.step()
+
+    for name, value in {"p_x": p_x / 784, "p_z1": p_z1 / 9, "q_z0": q_z0 / 5, "q_z1": q_z1 / 9}.items():
+        assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5)
+    assert torch.equal(model.chain, chain)
+    for (name, own), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (own - other).abs().max() < 2e-4, name        # a step is 1e-3; Adam amplifies gradients near 0
+
+
+def test_the_q_step_leaves_p_alone():
+    model, _, state = make("ladder")
+    x = symmetric.images(DIGITS.train[:8], False)
+    z0, z1, prior = model.draw_z(8, train.generator(1))
+    sum(loss.mean() for loss in symmetric.q_loss(model, model.encoder(x), z0, z1, model.prior(z0))).backward()
+    assert all(p.grad is None for p in model.generative())
+    assert all(p.grad is not None for p in model.encoder.parameters())
+    assert {id(p) for p in model.parameters()} == {id(p) for name in ("p_optimizer", "q_optimizer")
+                                                   for group in state[name].param_groups for p in group["params"]}
+
+
+@BOTH
+@pytest.mark.parametrize("learning", symmetric.LEARNING)
+@pytest.mark.parametrize("dataset", ["digits", "fashionmnist"])
+def test_learning_lowers_its_losses(encoder, learning, dataset):
+    model, step, state = make(encoder, learning, dataset, width=4)
+    history = train.fit(step, train.Shuffled(DIGITS.train, 32, 1), steps=30, state=state, config={}, log_every=10)
+    assert history["loss"][-1] < history["loss"][0] - 15
+    assert set(history) >= {"step", "loss", "mi_p_z1", "mi_q_z0", "mi_q_z1"} | ({"sigma"} if model.gaussian else set())
+    assert history["mi_q_z1"][-1] > 0
+
+
+def test_elbo_trains_p_and_q_with_one_adam():
+    model, step, state = make("ladder", "elbo")
+    before = [p.clone() for p in model.parameters()]
+    step(DIGITS.train[:16])
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert sorted(state) == ["generator", "model", "optimizer"]
+
+
+def test_running_statistics_are_exponential_means_of_the_works_estimate():
+    model = make()[0]
+    mean, mi = torch.full((9,), 0.5), torch.zeros(9)
+    for seed in range(3):
+        logits = 3 * torch.randn(20, 9, generator=train.generator(seed))
+        symmetric._track(model, "q_z1", logits)
+        p = logits.sigmoid()
+        mean = 0.99 * mean + 0.01 * p.mean(0)
+
+        def entropy(p):
+            return -p * torch.log2(p) - (1 - p) * torch.log2(1 - p)
+        mi = 0.99 * mi + 0.01 * (entropy(mean) - entropy(p).mean(0))
+    torch.testing.assert_close(model.mean_q_z1, mean)
+    torch.testing.assert_close(model.mi_q_z1, mi, atol=1e-6, rtol=1e-4)
+    assert symmetric.information(model)["mi_q_z1"]["value"] == pytest.approx(mi.sum().item(), rel=1e-4)
+
+
+def test_observations_are_binarised_or_noisy():
+    batch = torch.tensor([111, 112], dtype=torch.uint8).repeat(50_000).view(100, 1, 1, -1)
+    assert symmetric.images(batch, False).flatten()[:2].tolist() == [0.0, 1.0]              # 112 / 255 > 0.4375
+    flipped = (symmetric.observed(batch, False, train.generator(1)) != symmetric.images(batch, False)).double().mean()
+    assert flipped.item() == pytest.approx(0.001, abs=4 * (0.001 / 100_000) ** 0.5)
+    noise = symmetric.observed(batch, True, train.generator(1)) - batch / 255
+    assert noise.std().item() == pytest.approx(0.01, rel=0.02) and abs(noise.mean().item()) < 2e-4
+
+
+# ------------------------------------------------------------------------------------------------ generation
+@BOTH
+@pytest.mark.parametrize("dataset", ["digits", "fashionmnist"])
+def test_generated_images_are_pictures_and_follow_from_the_seed(encoder, dataset):
+    model = make(encoder, dataset=dataset)[0]
+    with torch.no_grad():                                   # as drawn at first, the decoder hardly looks at its code
+        for layer in model.decoder:
+            if isinstance(layer, nn.ConvTranspose2d):
+                layer.weight.mul_(5), layer.bias.zero_()
+        model.decoder[-1].bias.zero_()
+    first, again = (symmetric.random_code(model, 7, train.generator(1)) for _ in range(2))
+    assert first.shape == (7, 1, 28, 28) and torch.equal(first, again)
+    found = symmetric.limiting(model, 7, [0, 3], train.generator(1))
+    assert list(found) == [0, 3] and found[3].shape == (7, 1, 28, 28) and not torch.equal(found[0], found[3])
+    for pictures in (first, *found.values()):
+        assert 0 <= pictures.min() and pictures.max() <= 1
+        assert dataset == "fashionmnist" or set(pictures.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_the_chain_reaches_the_limiting_distribution_of_its_transition_matrix():
+    """Tiny model: the frequencies after many sweeps are those of the enumerated stationary distribution."""
+    model = tiny("ladder")
+    every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=4)), dtype=torch.float64).view(16, 1, 2, 2)
+    with torch.no_grad():
+        q = torch.stack([brute(model, x)[1].exp() for x in every])                            # [x, code]
+        p = torch.stack([log_bernoulli(model.decoder(CODES[:, 2:]), x.expand(16, 1, 2, 2)) for x in every], 1).exp()
+        stationary = torch.linalg.matrix_power(q @ p, 4096)[0]
+    model, noise, n = model.float(), train.generator(6), 4000
+    x = symmetric._start(model, n, noise)
+    for _ in range(40):
+        x = symmetric.sweep(model, x, noise)
+    index = (x.flatten(1) @ torch.tensor([8.0, 4, 2, 1])).long()
+    chi2 = ((torch.bincount(index, minlength=16) - n * stationary) ** 2 / (n * stationary)).sum().item()
+    assert chi2 < 50
+
+
+def test_reconstructions_stand_beside_what_the_model_sees():
+    pair = symmetric.reconstruct(make()[0], DIGITS.test[:5], train.generator(1))
+    assert pair.shape == (5, 2, 1, 28, 28)
+    assert torch.equal(pair[:, 0], (DIGITS.test[:5] > 111).float())
+
+
+def test_pictures_become_bytes_as_in_a_file():
+    assert symmetric.as_bytes(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
+
+
+# ------------------------------------------------------------------------------------------------ complaints
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: symmetric.build("mnist", "ladders"), "unknown encoder 'ladders': use ladder or reverse"),
+    (lambda: symmetric.build("mnist", "ladder", (0, 100)), "at least one bit"),
+    (lambda: symmetric.training(make()[0], train.generator(1), "vae"), "unknown learning 'vae': use symmetric or elbo"),
+    (lambda: symmetric.training(make()[0], train.generator(1), lr=0.0), "learning rate must be positive"),
+    (lambda: symmetric.limiting(make()[0], 3, [], train.generator(1)), "at least one number of sweeps"),
+    (lambda: symmetric.limiting(make()[0], 3, [-1], train.generator(1)), "none negative"),
+])
+def test_bad_arguments_are_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
