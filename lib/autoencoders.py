@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lib.data import Dataset
 from lib.evaluate import KERNELS, estimate, exact, mmd, mmd_unbiased
 from lib.stochastic import gaussian_kl, gaussian_log_prob, reparameterise
-from lib.train import precision
+from lib.train import adam, precision
 
 KINDS = ("ae", "vae", "beta-vae", "aae", "mmd-vae")
 VARIATIONAL = ("vae", "beta-vae", "mmd-vae")
@@ -129,14 +129,6 @@ class Autoencoder(nn.Module):
 def pixels(images: Tensor) -> Tensor:
     """uint8 [B, C, H, W] -> float in [-1, 1], channels last."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def adam(parameters, lr: float) -> torch.optim.Adam:
-    """Adam at PyTorch's defaults in its fused form. Raises ValueError if lr <= 0."""
-    if lr <= 0:
-        raise ValueError(f"the learning rate must be positive, got {lr}")
-    parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=parameters[0].is_cuda)
 
 
 def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, beta: float = 20.0, alpha: float = 1.0,

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lib import root, runs, write_atomic
+from lib import replicas, root, runs, write_atomic
 from lib.execute import ExecutionError, TimeLimitError, execute
 
 
@@ -23,49 +23,55 @@ def describe() -> str:
 
 def run(experiment: str, preset: str, changes: dict, out: str | None = None, timeout: float = 6 * 3600,
         threads: int | None = None, again: bool = False) -> str:
-    """Execute a notebook into its run folder and return one line that says what there is now.
+    """Execute a notebook into its run folder and return one line that says what there is now, or one for each replica.
 
     The folder's results.json is written last, so it tells a complete run; such a run is not repeated unless `again`.
-    An interrupted one resumes from its checkpoint. Raises RunError for every foreseen failure.
+    An interrupted one resumes from its checkpoint. With the parameter `replicas` the first of the seeds that is not
+    complete is executed and adds the others. Raises RunError for every foreseen failure.
     """
     if not timeout > 0 or (threads is not None and threads < 1):
         raise runs.RunError(f"--timeout and --threads must be positive, got {timeout:g} and {threads}")
     values = _values(experiment, preset, changes)
-    name = runs.name_of(experiment, preset, values)
-    folder = Path(out).resolve() if out else root() / "runs" / experiment / name
-    results = folder / "results.json"
-    runs.make_folder(folder)
-    with _lock(folder):
-        if results.is_file() and not again:
-            return _complete(folder, runs.read(results), experiment, values)
+    folder = Path(out).resolve() if out else root() / "runs" / experiment / runs.name_of(experiment, preset, values)
+    seeds = replicas.seeds(experiment, preset, values, folder)
+    with contextlib.ExitStack() as locks:
+        for _, folder in seeds:
+            runs.make_folder(folder)
+            locks.enter_context(_lock(folder))
+        left = [one for one in seeds if again or not replicas.complete(one[1], experiment, one[0])]
+        if left:
+            _run(experiment, preset, left, len(seeds) - seeds.index(left[0]), timeout, threads, again)
+        return "\n".join(_said(one[1], one in left) for one in seeds)
+
+
+def _run(experiment: str, preset: str, left: list[tuple[dict, Path]], n: int, timeout: float, threads: int | None,
+         again: bool) -> None:
+    """Execute the notebook for the first of the runs `left` (parameters, folder), which adds those up to n seeds on."""
+    values, main = left[0]
+    values = values | ({"replicas": n} if "replicas" in values else {})
+    for _, folder in left:
         stale = [folder / "results.json.pending", *folder.glob("**/.*.partial")]
-        for file in [*stale, *([results, *folder.glob("**/*.safetensors")] if again else [])]:
+        for file in [*stale, *([folder / "results.json", *folder.glob("**/*.safetensors")] if again else [])]:
             file.unlink(missing_ok=True)
-        if "resume" in values and not values["resume"]:
-            values["resume"] = "auto"
-        environment = {"VAEBOOK_RUN": str(folder), "VAEBOOK_PRESET": preset}
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        _execute(experiment, values, folder, timeout, environment)
-        try:
-            os.replace(folder / "results.json.pending", results)
-        except FileNotFoundError:
-            raise runs.RunError(f"{experiment} ended without run.save(): no result in {_shown(folder)}") from None
-    found = runs.read(results)
+    if "resume" in values and not values["resume"]:
+        values["resume"] = "auto"
+    environment = {"VAEBOOK_RUN": str(main), "VAEBOOK_PRESET": preset}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    _execute(experiment, values, main, timeout, environment)
+    for file in [main / "results.json.pending", *(folder / "results.json" for _, folder in left[1:])]:
+        if not file.is_file():
+            raise runs.RunError(f"{experiment} ended without run.save(): no result in {_shown(file.parent)}")
+    os.replace(main / "results.json.pending", main / "results.json")
+
+
+def _said(folder: Path, fresh: bool) -> str:
+    """One line about a complete run, which this call has made if `fresh`."""
+    found = runs.read(folder / "results.json")
+    if not fresh:
+        return f"{_shown(folder)} is complete ({found['date']}); --again repeats it"
     metrics = ", ".join(f"{key} {metric['value']:.4g} {metric['unit']}" for key, metric in found["metrics"].items())
     return f"{_shown(folder)}: {metrics} ({found['wall_time_s']} s)"
-
-
-def _complete(folder: Path, found: dict, experiment: str, values: dict) -> str:
-    """One line about a complete run. RunError if it is another one (--out, or defaults that changed since)."""
-    other = [f"{name} {found['parameters'].get(name)!r}, now {value!r}" for name, value in values.items()
-             if name not in runs.HOUSEKEEPING and found["parameters"].get(name) != value]
-    if found["experiment"] != experiment:
-        other = [f"experiment {found['experiment']!r}, now {experiment!r}"]
-    if other:
-        raise runs.RunError(f"{_shown(folder)} holds a complete run with {'; '.join(other)}: choose another --out, or "
-                            "replace it with --again")
-    return f"{_shown(folder)} is complete ({found['date']}); --again repeats it"
 
 
 def _values(experiment: str, preset: str, changes: dict) -> dict:

@@ -32,7 +32,7 @@ SCHEMA = 1
 NEEDED = {"schema", "experiment", "run", "parameters", "metrics", "reduced", "git", "command", "date", "figures",
           "wall_time_s"}                # without these a results.json is refused
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
-HOUSEKEEPING = ("resume", "device")     # where and from what a run ran, not what it computed: not part of its name
+HOUSEKEEPING = ("resume", "device", "replicas")   # from what, where and beside what a run ran: not part of its name
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas", "papermill")
 
 
@@ -146,7 +146,8 @@ def nearest(name: str, known) -> str:
 def reduced(experiment: str, values: dict) -> list[str]:
     """What differs from the `paper` preset, e.g. ["steps 300 instead of 10000"]; [] is the published size."""
     paper = presets(experiment).get("paper", {})
-    return [f"{name} {values[name]} instead of {full}" for name, full in paper.items() if values[name] != full]
+    return [f"{name} {values[name]} instead of {full}" for name, full in paper.items()
+            if values[name] != full and name not in HOUSEKEEPING]
 
 
 def name_of(experiment: str, preset: str, values: dict) -> str:
@@ -181,11 +182,20 @@ class Run:
     git: dict
     started: float = field(default_factory=time.time)
     figures: list[str] = field(default_factory=list)
+    added: bool = False                                  # by the `replicas` of another run, which alone is glued
 
     @property
     def changed(self) -> list[str]:
         """Names of the parameters that differ from the notebook's defaults."""
         return [p.name for p in parameters(self.experiment).values() if self.parameters[p.name] != p.default]
+
+    def replicas(self, n: int) -> list["Run"]:
+        """This run and those of the n - 1 next seeds, to be trained together; each is ended by its own `save`.
+
+        See `replicas.added` for where they are and what is left out. Raises RunError as it does.
+        """
+        from lib import replicas
+        return [self, *replicas.added(self, n)]
 
     def save_figure(self, fig, name: str) -> None:
         """Write a matplotlib figure as <name>.png (110 dpi) into the run's folder."""
@@ -215,14 +225,15 @@ class Run:
             "figures": self.figures,
             "date": datetime.datetime.fromtimestamp(self.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "history": history or {}}
-        file = "results.json.pending" if os.environ.get("VAEBOOK_RUN") else "results.json"   # `lib run` renames it last
+        pending = os.environ.get("VAEBOOK_RUN") and not self.added             # `lib run` renames it last
+        file = "results.json.pending" if pending else "results.json"
         try:
             write_atomic(self.folder / file, as_text(record).encode())
         except (TypeError, ValueError) as error:
             raise RunError(f"results of {self.name} hold a value that is no plain, finite number: {error}") from None
         except OSError as error:
             raise RunError(f"cannot write {self.folder / file}: {error.strerror}") from None
-        _glue({name: metric["value"] for name, metric in metrics.items()})
+        _glue({} if self.added else {name: metric["value"] for name, metric in metrics.items()})
         return record
 
 

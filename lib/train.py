@@ -1,32 +1,34 @@
-"""The training loop of the whole book: `fit(step, batches, ...)`.
+"""The training loop of the whole book: `fit(step, batches, ...)`, and `fit_together` for several models at once.
 
 A step is `step(batch) -> {name: 0-d tensor}`: it runs forward, backward and the optimizer(s), with static shapes, no
-host synchronisation and noise from a torch.Generator only. `fit` owns the rest: batches, history, progress,
-checkpoints, exact resume, the stop on NaN. Only this file knows devices, precision and checkpoints.
+host synchronisation, noise from a torch.Generator only, and changes what it changes in place. `fit` owns the rest:
+batches, CUDA graphs, history, progress, checkpoints, exact resume, the stop on NaN. Only this file and
+checkpoint.py know devices, precision and checkpoints.
+
+On CUDA a few steps run eagerly; then `steps_per_replay` steps are captured into a CUDA graph and replayed. A replay
+reads the indices of its batches from a buffer that is filled before it and leaves its metrics in another; the host
+waits for the device only where metrics are logged or a checkpoint is written.
 """
 import contextlib
 import hashlib
 import json
 import math
+import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import BookError, root, write_atomic
+from lib import checkpoint
+from lib.checkpoint import TrainError, load_checkpoint, made_by  # noqa: F401 (made_by: for those who import train)
 from lib.runs import git_state
 
-FORMAT = "vaebook-checkpoint-1"
 PRECISIONS = ("fp32", "tf32", "bf16")
-
-
-class TrainError(BookError):
-    """Training cannot start, go on or resume; the message says what to do."""
+WARM_UP = 3     # eager steps before a capture: they create the optimizers' state and the libraries' workspaces
 
 
 # ------------------------------------------------------------------------------------------------ device and noise
@@ -57,18 +59,26 @@ def precision(name: str, device: torch.device):
         raise TrainError(f"unknown precision {name!r}: use one of {', '.join(PRECISIONS)}")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+    try:                                # autocast would keep its copies of the weights over the steps that change them
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def adam(parameters, lr: float) -> torch.optim.Adam:
+    """Adam at PyTorch's defaults in its fused form. Raises ValueError if lr <= 0."""
+    if lr <= 0:
+        raise ValueError(f"the learning rate must be positive, got {lr}")
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=parameters[0].is_cuda)
 
 
 # ------------------------------------------------------------------------------------------------ batches
 class Shuffled:
     """Batches of `size` drawn without replacement, reshuffled every epoch, the incomplete last one dropped.
 
-    `batch(t)` is a pure function of (seed, t), so a resumed run needs no state. data [N, ...] stays where it is.
+    Batches are a pure function of (seed, t), so a resumed run needs no state. data [N, ...] stays where it is.
     """
 
     def __init__(self, data: Tensor, size: int, seed: int):
@@ -78,13 +88,30 @@ class Shuffled:
         self.per_epoch = len(data) // size
         self._epoch, self._order = -1, None
 
+    def indices(self, first: int, count: int) -> Tensor:
+        """Which items the steps first .. first + count - 1 see: [count, size], on the data's device."""
+        parts = []
+        while count:
+            epoch, i = divmod(first, self.per_epoch)
+            n = min(count, self.per_epoch - i)
+            parts.append(self._permutation(epoch)[i * self.size:(i + n) * self.size].view(n, self.size))
+            first, count = first + n, count - n
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:                  # drawn on the CPU, so alike for all devices; the copy does not wait
+            order = torch.randperm(len(self.data), generator=generator(self.seed, use=f"epoch {epoch}"),
+                                   pin_memory=self.data.is_cuda)
+            self._epoch, self._order = epoch, order.to(self.data.device, non_blocking=True)
+        return self._order
+
+    def at(self, index: Tensor) -> Tensor:
+        """The batch [size, ...] of one row of `indices`."""
+        return self.data[index]
+
     def batch(self, t: int) -> Tensor:
         """Step t's batch [size, ...]."""
-        epoch, i = divmod(t, self.per_epoch)
-        if epoch != self._epoch:
-            order = torch.randperm(len(self.data), generator=generator(self.seed, use=f"epoch {epoch}"))
-            self._epoch, self._order = epoch, order.to(self.data.device)
-        return self.data[self._order[i * self.size:(i + 1) * self.size]]
+        return self.at(self.indices(t, 1)[0])
 
 
 class Whole:
@@ -93,81 +120,247 @@ class Whole:
     def __init__(self, data: Tensor):
         self.data = data
 
+    def indices(self, first: int, count: int) -> Tensor:
+        """Nothing to choose: [count, 0], on the data's device."""
+        return torch.empty(count, 0, dtype=torch.long, device=self.data.device)
+
+    def at(self, index: Tensor) -> Tensor:
+        """The whole data, whatever the index."""
+        return self.data
+
     def batch(self, t: int) -> Tensor:
         """The whole data, whatever t."""
         return self.data
 
 
 # ------------------------------------------------------------------------------------------------ the loop
-def fit(step, batches, *, steps: int, state: dict, config: dict, folder: Path | None = None, log_every: int = 50,
-        checkpoint_every: int = 1000, resume: str = "", numerics: str = "tf32",
-        title: str = "training") -> dict[str, list]:
+def fit(step, batches, *, state: dict, config: dict, folder: Path | None = None, title: str = "training",
+        **common) -> dict[str, list]:
     """Run `step` on batches 0 .. steps-1 and return the history {"step": [...], metric: [mean over the log window]}.
 
+    batches: Shuffled, Whole or another object with their `indices` and `at`.
     state: name -> Module, Optimizer or torch.Generator: all that changes while training; it is what a checkpoint holds.
     config: JSON-able values that the weights depend on; a checkpoint with others is refused.
-    folder: where `latest.safetensors` and `best.safetensors` (of all checkpoints the lowest last logged loss) are kept.
-    folder is also where `resume` looks: "" afresh, "auto" (latest if there is one), "latest", "best"; or it is a
-    checkpoint file or run folder, from the checkout's top if relative. A resumed run is bit-equal to an uninterrupted
-    one on the CPU; one that goes on beyond a shorter run's end keeps the history point that was logged there.
+    folder: where `latest.safetensors` and `best.safetensors` (of all checkpoints the one with the lowest loss, the mean
+    of the log window that it ends or is in) are kept.
+    common: `steps` and the options of `fit_together`, of which this is the case of one; it also says what is raised.
+    """
+    replica = {"step": step, "batches": batches, "state": state, "config": config, "folder": folder, "title": title}
+    return fit_together([replica], **common)[0]
+
+
+def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, checkpoint_every: int = 1000,
+                 resume: str = "", numerics: str = "tf32", steps_per_replay: int = 10,
+                 graph: bool = True) -> list[dict[str, list]]:
+    """Train several models, each exactly as `fit` alone would, and return their histories.
+
+    replicas: for each model the arguments of `fit` up to title. On CUDA each has a stream and a graph of its own and
+    their replays overlap; on the CPU they take turns. They share neither state nor batches nor folder (the data may be
+    one tensor).
+    log_every: steps between two points of the history, the last of which is at the end; checkpoint_every: between
+    checkpoints.
+    resume: "" afresh, "auto" (from the folder's latest checkpoint if there is one), "latest", "best"; or, for a single
+    model, a checkpoint file or run folder, from the checkout's top if relative. A resumed run, also one that goes on
+    beyond a shorter run's end, is bit-equal to an uninterrupted one, history included, on the CPU; on CUDA if its
+    kernels are deterministic.
+    numerics: see `precision`. steps_per_replay: at most so many steps in a CUDA graph: as many as divide log_every and
+    checkpoint_every too. graph: False runs every step eagerly. Neither changes a result; the CPU knows no graphs.
 
     Raises TrainError: bad arguments, a metric or weight that is not finite (named with its step and the last good
-    checkpoint), a checkpoint that is missing, corrupt, longer or of another configuration, a disk that is full.
+    checkpoint), a step that cannot be captured, a checkpoint that is missing, corrupt, longer or of another
+    configuration, a disk that is full.
     """
-    if steps < 0 or log_every < 1 or checkpoint_every < 1:
-        raise TrainError("steps must be >= 0, log_every and checkpoint_every >= 1, "
-                         f"got {steps}, {log_every} and {checkpoint_every}")
-    config = json.loads(json.dumps(config))
-    done, history, best, earlier, began = 0, {"step": []}, math.inf, [], time.monotonic()
-    if path := _find(resume, folder):
-        done, history = load_checkpoint(path, state, config)
-        best, earlier = _meta(path).get("best", math.inf), _meta(path).get("made_by", [])
-    if done > steps:
-        raise TrainError(f"{path} has done {done} steps, more than the {steps} asked for: give at least as many")
-    code = git_state() if folder else {}
-    window, names = [], None
-    with precision(numerics, _device_of(state)), _progress(steps, done, title) as bar:
-        for t in range(done, steps):
-            metrics = step(batches.batch(t))
-            names = names or list(metrics)
-            window.append(torch.stack([metrics[name].detach().float() for name in names]))
-            last = t + 1 == steps
-            checkpoint = folder is not None and (last or (t + 1) % checkpoint_every == 0)
-            if last or checkpoint or (t + 1) % log_every == 0:
-                _log(history, names, torch.stack(window).double().cpu(), t + 1, folder)
-                bar.set_postfix_str(f"{names[0]} {history[names[0]][-1]:.4g}", refresh=False)
-                bar.update(len(window))
-                window.clear()
-            if checkpoint:
-                own = code | {"steps": [done, t + 1], "seconds": round(time.monotonic() - began, 1)}
-                best = _save_checkpoint(folder, state, t + 1, history, config, best, [*earlier, own])
-    return history
+    _check(replicas, steps, log_every, checkpoint_every, steps_per_replay, resume)
+    chunk = math.gcd(steps_per_replay, log_every, checkpoint_every)
+    runs = [_Training(**replica, steps=steps, resume=resume, chunk=chunk, graph=graph) for replica in replicas]
+    with precision(numerics, runs[0].device), _no_advice(), _progress(runs, steps) as bar:
+        while active := [run for run in runs if run.done < steps]:
+            at = min(run.done for run in active)
+            point = min(steps, *(at - at % every + every for every in (log_every, checkpoint_every)))
+            behind = [run for run in active if run.done < point]
+            ahead = sum(point - run.done for run in behind)
+            while waiting := [run for run in behind if run.done < point]:
+                for run in waiting:
+                    run.advance(point)
+            for run in behind:
+                run.collect()
+                if point % log_every == 0:
+                    run.log()
+                    bar.set_postfix_str(f"{run.names[0]} {run.history[run.names[0]][-1]:.4g}", refresh=False)
+                if run.folder and (point % checkpoint_every == 0 or point == steps):
+                    run.save()
+            bar.update(ahead)
+    return [run.result() for run in runs]
 
 
-def _log(history: dict, names: list[str], window: Tensor, step: int, folder: Path | None) -> None:
-    """Append the window's means; window [steps, metrics] float64."""
-    finite = window.isfinite()
-    if not finite.all():
-        row, column = (~finite).nonzero()[0].tolist()
-        raise TrainError(f"{names[column]} became {window[row, column].item()} at step {step - len(window) + row + 1}; "
-                         + _last_good(folder) + "; lower the learning rate or look at the data")
-    history["step"].append(step)
-    for name, mean in zip(names, window.mean(0).tolist(), strict=True):
-        history.setdefault(name, []).append(mean)
+def _check(replicas: list[dict], steps: int, log_every: int, checkpoint_every: int, steps_per_replay: int,
+           resume: str) -> None:
+    if steps < 0 or min(log_every, checkpoint_every, steps_per_replay) < 1:
+        raise TrainError("steps must be >= 0, log_every, checkpoint_every and steps_per_replay >= 1, got "
+                         f"{steps}, {log_every}, {checkpoint_every} and {steps_per_replay}")
+    if not replicas:
+        raise TrainError("there is nothing to train: give at least one replica")
+    if len(replicas) > 1 and resume not in ("", "auto", "latest", "best"):
+        raise TrainError(f"resume = {resume!r} is one checkpoint, but {len(replicas)} replicas are to be trained: use "
+                         "auto, latest or best")
+    owned = [id(item) for one in replicas for item in (one["batches"], *one["state"].values())]
+    folders = [one["folder"] for one in replicas if one.get("folder")]
+    if len(set(owned)) < len(owned) or len(set(folders)) < len(folders):
+        raise TrainError("two replicas share a part of their state, their batches or their folder: give each its own")
 
 
-def _last_good(folder: Path | None) -> str:
-    latest = folder / "latest.safetensors" if folder else None
-    if not latest or not latest.is_file():
-        return "no checkpoint was written before"
-    return f"the last good checkpoint is {latest} (step {_meta(latest)['step']})"
+class _Training:
+    """One model under training: what `fit_together` tells it to do, on a stream of its own if on CUDA."""
+
+    def __init__(self, *, step, batches, state: dict, config: dict, folder: Path | None = None, title: str = "training",
+                 steps: int, resume: str, chunk: int, graph: bool):
+        self.step, self.batches, self.state, self.folder, self.title = step, batches, state, folder, title
+        self.config, self.device, self.chunk = json.loads(json.dumps(config)), checkpoint.device_of(state), chunk
+        self.done, self.history, meta = 0, {"step": []}, {}
+        if path := checkpoint.find(resume, folder):
+            self.done, self.history = load_checkpoint(path, state, self.config)
+            meta = checkpoint.read_meta(path)
+        if self.done > steps:
+            raise TrainError(f"{path} has done {self.done} steps, more than the {steps} asked for: give at least as "
+                             "many")
+        self.window, self.best = meta.get("window", {}), meta.get("best", math.inf)
+        self.began, self.earlier, self.clock = self.done, meta.get("made_by", []), time.monotonic()
+        self.code = git_state() if folder else {}
+        self.names, self.rows, self.fresh = [], None, []
+        self.graph, self.captures = None, graph and self.device.type == "cuda"
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with self._queue():
+            index = batches.indices(self.done, 1)
+            self.index = index.new_empty(chunk, *index.shape[1:])
+        if self.captures and index.device.type != "cuda":
+            raise TrainError(f"the data are on the {index.device.type}, the model is on CUDA: move the data there too, "
+                             "or pass graph=False")
+
+    def _queue(self):
+        return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+
+    def advance(self, limit: int) -> None:
+        """Start the next steps without waiting for them: a whole chunk if it is due and ends by `limit`, else one."""
+        whole = self.done >= self.began + WARM_UP and self.done % self.chunk == 0 and limit - self.done >= self.chunk
+        count = self.chunk if whole else 1
+        with self._queue():
+            self.index[:count] = self.batches.indices(self.done, count)
+            if whole and self.captures:
+                self.graph = self.graph or _capture(lambda: self._run(count), self.stream, self.state)
+                self.graph.replay()
+            else:
+                self._run(count)
+            self.fresh.append(self.rows[:count].clone())
+        self.done += count
+
+    def _run(self, count: int) -> None:
+        """The next `count` steps, from `index` to `rows`: what a CUDA graph captures."""
+        for i in range(count):
+            row = self._metrics(self.step(self.batches.at(self.index[i])))
+            if self.rows is None:
+                self.rows = row.new_empty(self.chunk, len(row))
+            self.rows[i] = row
+
+    def _metrics(self, found: dict[str, Tensor]) -> Tensor:
+        self.names = self.names or list(found)
+        return torch.stack([found[name].detach().float() for name in self.names])
+
+    def collect(self) -> None:
+        """Wait for the steps started so far and take in their metrics. TrainError if one is not finite."""
+        with self._queue():
+            rows = torch.cat(self.fresh).double().cpu()
+        self.fresh.clear()
+        if not rows.isfinite().all():
+            row, column = (~rows.isfinite()).nonzero()[0].tolist()
+            raise TrainError(f"{self.title}: {self.names[column]} became {rows[row, column].item()} at step "
+                             f"{self.done - len(rows) + row + 1}; {checkpoint.last_good(self.folder)}; lower the "
+                             "learning rate or look at the data")
+        for name, values in zip(self.names, rows.T.tolist(), strict=True):
+            self.window.setdefault(name, []).extend(values)
+
+    def log(self) -> None:
+        """Close the log window: its means become a point of the history."""
+        self.history["step"].append(self.done)
+        for name, values in self.window.items():
+            self.history.setdefault(name, []).append(statistics.fmean(values))
+        self.window = {}
+
+    def save(self) -> None:
+        """Write a checkpoint; the window under way is part of it, so that a resumed run logs the same points."""
+        losses = self.window.get("loss") or self.history.get("loss", [math.inf])[-1:]
+        loss = statistics.fmean(losses)
+        best, self.best = loss < self.best, min(loss, self.best)
+        own = self.code | {"steps": [self.began, self.done], "seconds": round(time.monotonic() - self.clock, 1)}
+        meta = {"step": self.done, "config": self.config, "history": self.history, "window": self.window,
+                "best": self.best, "made_by": [*self.earlier, own]}
+        with self._queue():
+            checkpoint.save_checkpoint(self.folder, self.state, meta, best)
+
+    def result(self) -> dict[str, list]:
+        """The history, ended by a point for the steps since the last one."""
+        if self.window:
+            self.log()
+        return self.history
 
 
-def _device_of(state: dict) -> torch.device:
-    modules = [item for item in state.values() if isinstance(item, torch.nn.Module)]
-    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
+# ------------------------------------------------------------------------------------------------ CUDA graphs
+def _capture(steps, stream, state: dict) -> "torch.cuda.CUDAGraph":
+    """What `steps()` does as a CUDA graph on `stream`: recorded, not done.
+
+    TrainError if it cannot be recorded, or if a replay would not repeat it: it puts a new tensor in place of a weight,
+    buffer or moment, where a replay would read the old one again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    _register_generators(graph, state)
+    before = _addresses(state)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            steps()
+    except RuntimeError as error:                             # __context__: it may be but the end of a broken capture
+        said = " ".join(str(error.__context__ or error).split()[:40])
+        raise TrainError(f"the step cannot be captured in a CUDA graph ({said}): keep the CPU out of it, or pass "
+                         "graph=False") from None
+    moved = next((name for name, address in _addresses(state).items() if before.get(name) != address), None)
+    if moved:
+        raise TrainError(f"the step replaces {moved}, which a CUDA graph cannot repeat: change it in place (copy_, "
+                         "lerp_), or pass graph=False")
+    return graph
 
 
+def _register_generators(graph, state: dict) -> None:
+    """Let replays advance the generators as eager steps do. Newer versions of torch see to this themselves."""
+    if not hasattr(graph, "register_generator_state"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                       # it is deprecated where it does nothing
+        for item in state.values():
+            if isinstance(item, torch.Generator) and item.device.type == "cuda":
+                graph.register_generator_state(item)
+
+
+def _addresses(state: dict) -> dict[str, int]:
+    """Where the tensors of modules and optimizers lie in memory, by name."""
+    found = {}
+    for name, item in state.items():
+        if isinstance(item, torch.nn.Module):
+            found |= {f"{name}/{key}": t.data_ptr() for key, t in [*item.named_parameters(), *item.named_buffers()]}
+        elif isinstance(item, torch.optim.Optimizer):
+            found |= {f"{name}/{i}/{key}": t.data_ptr() for i, moments in enumerate(item.state.values())
+                      for key, t in moments.items() if isinstance(t, Tensor)}
+    return found
+
+
+@contextlib.contextmanager
+def _no_advice():
+    """Adam on CUDA is made to be captured and warns when its first steps are not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ progress
 def interactive() -> bool:
     """True at a terminal or in a notebook that a person runs (papermill, nbval and nbconvert do not count)."""
     if "ipykernel" not in sys.modules:
@@ -177,123 +370,7 @@ def interactive() -> bool:
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
 
 
-def _progress(steps: int, done: int, title: str):
-    return tqdm(total=steps, initial=min(done, steps), desc=title, unit="step", leave=False, disable=not interactive())
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-def _save_checkpoint(folder: Path, state: dict, step: int, history: dict, config: dict, best: float,
-                     made_by: list[dict]) -> float:
-    """Write latest and, if its last logged loss is below `best`, best; returns the lowest such loss so far."""
-    tensors: dict[str, Tensor] = {}
-    tree = {name: _flatten(_state_of(item), name, tensors) for name, item in state.items()}
-    bad = next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
-    if bad:
-        raise TrainError(f"{bad} is not finite after step {step}; {_last_good(folder)}; lower the learning rate")
-    meta = {"format": FORMAT, "step": step, "device": _device_of(state).type, "config": config, "history": history,
-            "best": min(best, history.get("loss", [math.inf])[-1]), "made_by": made_by, "tree": tree}
-    content = save(tensors, metadata={"meta": json.dumps(meta)})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if meta["best"] < best:                           # first: a kill between the two loses neither
-            write_atomic(folder / "best.safetensors", content)
-        write_atomic(folder / "latest.safetensors", content)
-    except OSError as error:
-        raise TrainError(f"cannot write the checkpoint of step {step} to {folder}: {error.strerror}; "
-                         f"{_last_good(folder)}; free space or choose another folder, then resume") from None
-    return meta["best"]
-
-
-def made_by(folder: Path) -> list[dict]:
-    """The processes that trained the latest checkpoints below a folder: commit, dirty, steps [first, last], seconds."""
-    found = []
-    for path in sorted(folder.rglob("latest.safetensors")):
-        with contextlib.suppress(SafetensorError, ValueError):
-            found += _meta(path).get("made_by", [])
-    return found
-
-
-def _meta(path: Path) -> dict:
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("meta", "{}"))
-
-
-def load_checkpoint(path: Path, state: dict, config: dict | None = None) -> tuple[int, dict]:
-    """Put a checkpoint's contents into `state`; returns (steps done, history). config None: not compared.
-
-    Items of the file that `state` does not name are left out (to sample, the module alone is enough).
-    Raises TrainError: no such file, corrupt, another configuration or architecture.
-    """
-    if not path.is_file():
-        raise TrainError(f"no checkpoint at {path}: nothing to resume from")
-    try:
-        meta = _meta(path)
-        if meta.get("format") != FORMAT:
-            raise TrainError(f"{path} is not a checkpoint of this book ({FORMAT})")
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise TrainError(f"checkpoint {path} cannot be read ({error}): delete it and start afresh") from None
-    if config is not None and meta.get("device", _device_of(state).type) != _device_of(state).type:
-        raise TrainError(f"checkpoint {path} was trained on {meta['device']}, this run is on {_device_of(state).type}, "
-                         "whose noise is another: go on there or start afresh")
-    for key in sorted(config or {}):
-        if meta["config"].get(key) != config[key]:
-            raise TrainError(f"checkpoint {path} was trained with {key} = {meta['config'].get(key)!r}, this run has "
-                             f"{config[key]!r}: resume with the same parameters or start afresh")
-    try:
-        for name, item in state.items():
-            _restore(item, _unflatten(meta["tree"][name], tensors))
-    except (KeyError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split()[:40])
-        raise TrainError(f"checkpoint {path} does not fit this model: {said}") from None
-    return meta["step"], meta["history"]
-
-
-def _find(resume: str, folder: Path | None) -> Path | None:
-    if resume in ("", "auto") and not (resume and folder and (folder / "latest.safetensors").is_file()):
-        return None
-    if resume in ("auto", "latest", "best"):
-        if folder is None:
-            raise TrainError(f"resume = {resume!r} needs a run folder")
-        return folder / f"{'best' if resume == 'best' else 'latest'}.safetensors"
-    path = root() / Path(resume).expanduser()
-    return path / "latest.safetensors" if path.is_dir() else path
-
-
-def _state_of(item):
-    return item.get_state() if isinstance(item, torch.Generator) else item.state_dict()
-
-
-def _restore(item, value) -> None:
-    if isinstance(item, torch.Generator):
-        return item.set_state(value)
-    item.load_state_dict(value)
-    if isinstance(item, torch.optim.Optimizer):          # the moments take their parameter's memory format again
-        for parameter, moments in item.state.items():
-            for name, moment in moments.items():
-                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
-
-
-def _flatten(tree, path: str, tensors: dict):
-    """Nested dicts and lists -> the same JSON-able, keys keeping their type; the tensors go to `tensors` by path."""
-    if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().cpu().contiguous().clone()
-        return {"tensor": path}
-    if isinstance(tree, dict):
-        return {"dict": [[key, _flatten(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
-    if isinstance(tree, (list, tuple)):
-        return {"list": [_flatten(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]}
-    return {"value": tree}
-
-
-def _unflatten(tree, tensors: dict):
-    (kind, value), = tree.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "dict":
-        return {key: _unflatten(item, tensors) for key, item in value}
-    if kind == "list":
-        return [_unflatten(item, tensors) for item in value]
-    return value
+def _progress(runs: list[_Training], steps: int):
+    title = " + ".join(dict.fromkeys(run.title for run in runs)) + (f" ({len(runs)} replicas)" if len(runs) > 1 else "")
+    return tqdm(total=steps * len(runs), initial=sum(run.done for run in runs), desc=title, unit="step", leave=False,
+                disable=not interactive())

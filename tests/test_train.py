@@ -1,20 +1,16 @@
 """The training loop: exact resume after SIGKILL, stops on NaN, refuses what does not fit."""
-import json
-import os
-import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import killed_training
+from killed_training import meta
 
-from lib import train
+from lib import checkpoint, train
 
 
 class Line(torch.nn.Module):
@@ -48,45 +44,28 @@ def line(steps=20, spoil=None, config=None, **options):
 
 @pytest.mark.parametrize("kind", ["vae", "aae"])
 def test_a_run_killed_at_random_and_resumed_is_bit_equal_to_an_uninterrupted_one(kind, tmp_path):
-    seed = random.SystemRandom().randrange(10 ** 6)
-    child = subprocess.run([sys.executable, killed_training.__file__, kind, str(tmp_path / "killed"), str(seed)],
-                           capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    told = f"seed {seed}\n{child.stdout}{child.stderr}"
-    assert child.returncode == 0, told
-    assert child.stdout.count("killed") >= 5, told
-    threads = torch.get_num_threads()
-    history = killed_training.fit(kind, tmp_path / "whole")
-    torch.set_num_threads(threads)
-    for name in ("latest", "best"):
-        killed, whole = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("killed", "whole"))
-        assert killed.keys() == whole.keys() and len(whole) > 40
-        different = [key for key in whole if not torch.equal(killed[key], whole[key])]
-        assert not different, f"{different}\n{told}"
-    assert meta(tmp_path / "killed")["history"] == meta(tmp_path / "whole")["history"] == history, told
+    """It resumes in the middle of a log window too: checkpoints are 6 steps apart, log points 4."""
+    told = killed_training.run_killed(kind, tmp_path / "killed")
+    history, = killed_training.fit(kind, tmp_path / "whole")
+    killed_training.assert_equal(tmp_path / "killed" / "0", tmp_path / "whole" / "0", told)
+    assert meta(tmp_path / "whole" / "0")["history"] == history
+    assert history["step"] == list(range(4, killed_training.STEPS + 1, 4))
     parts = [entry["steps"] for entry in train.made_by(tmp_path / "killed")]          # one process after the other
     assert parts[0][0] == 0 and parts[-1][1] == killed_training.STEPS and len(parts) > 1
     assert [last for _, last in parts[:-1]] == [first for first, _ in parts[1:]]
 
 
-def meta(folder, name="latest"):
-    """What a folder's checkpoint says of itself."""
-    with safe_open(folder / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["meta"])
-
-
 def test_a_checkpoint_without_the_noise_would_not_resume_exactly(tmp_path):
     """The bit-equality above is no formality: forgetting one part of the state breaks it."""
     killed_training.fit("vae", tmp_path, stop=30)
-    images = killed_training.data.load("digits", size=32).train
     ends = []
     for forget in ((), ("generator",), ("optimizer",)):
-        model = killed_training.autoencoders.Autoencoder("vae", (1, 32), dim=4).initialise(train.generator(3))
-        step, state = killed_training.autoencoders.training(model, train.generator(4), learn_sigma=True)
-        kept = {name: item for name, item in state.items() if name not in forget}
-        done, _ = train.load_checkpoint(tmp_path / "latest.safetensors", kept)
+        one = killed_training.replica("vae", 3, tmp_path / "0")
+        kept = {name: item for name, item in one["state"].items() if name not in forget}
+        done, _ = train.load_checkpoint(tmp_path / "0" / "latest.safetensors", kept)
         for t in range(done, done + 4):
-            step(train.Shuffled(images, 16, seed=5).batch(t))
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            one["step"](one["batches"].batch(t))
+        ends.append(torch.cat([p.detach().flatten() for p in one["state"]["model"].parameters()]))
     assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
@@ -129,6 +108,131 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("end", [1, 5, 9, 14])
+def test_a_longer_run_goes_on_from_any_end_of_a_shorter_one_without_a_trace(end, tmp_path):
+    """The shorter run's last point stands for fewer steps than a window; the longer one logs the whole window."""
+    short, _ = line(end, folder=tmp_path, log_every=6)
+    assert short["step"] == [*range(6, end + 1, 6), *[end] * (end % 6 > 0)]
+    assert line(end, folder=tmp_path, log_every=6, resume="latest")[0] == short
+    longer, resumed = line(20, folder=tmp_path, log_every=6, resume="latest")
+    straight, whole = line(20, log_every=6)
+    assert longer == straight and straight["step"] == [6, 12, 18, 20] and torch.equal(resumed.w, whole.w)
+
+
+def test_checkpoints_leave_no_mark_in_the_history_and_are_judged_by_the_steps_since_its_last_point(tmp_path):
+    history, _ = line(12, folder=tmp_path, log_every=5, checkpoint_every=4)
+    assert history == line(12, log_every=5, checkpoint_every=100)[0]
+    losses, told = line(12, log_every=1)[0]["loss"], meta(tmp_path)
+    assert told["window"] == {"loss": losses[10:]} and told["history"]["step"] == [5, 10]
+    assert told["best"] == pytest.approx(sum(losses[10:]) / 2)
+
+
+# ------------------------------------------------------------------------------------------------ replays
+class Noted(train.Shuffled):
+    """Batches that note which steps were asked for together."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked = []
+
+    def indices(self, first, count):
+        self.asked.append((first, count))
+        return super().indices(first, count)
+
+
+def noisy(steps, **options):
+    """A model with noise, momentum and a running mean on batches of 7 epochs; (history, state, chunks asked for)."""
+    model, noise = torch.nn.Linear(3, 2), train.generator(7)
+    with torch.no_grad():
+        model.weight.normal_(generator=train.generator(8))
+        model.bias.zero_()
+    model.register_buffer("mean", torch.zeros(2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    batches = Noted(torch.randn(20, 3, generator=train.generator(9)), 3, 1)
+
+    def step(x):
+        optimizer.zero_grad()
+        y = model(x + 0.1 * torch.randn(x.shape, generator=noise))
+        model.mean.lerp_(y.detach().mean(0), 0.1)
+        loss = y.square().mean()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss, "mean": model.mean.mean()}
+
+    state = {"model": model, "optimizer": optimizer, "noise": noise}
+    history = train.fit(step, batches, steps=steps, state=state, config={}, **options)
+    ends = {**model.state_dict(), "noise": noise.get_state(),
+            **{str(i): moment["momentum_buffer"] for i, moment in enumerate(optimizer.state.values())}}
+    return history, ends, batches.asked[1:]               # the first is only looked at
+
+
+def same(a, b):
+    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][key], b[1][key]) for key in b[1])
+
+
+@pytest.mark.parametrize("steps_per_replay", [2, 5, 10])
+def test_steps_taken_together_are_the_steps_taken_one_by_one(steps_per_replay):
+    """Six batches an epoch, so that every replay of ten crosses a border."""
+    together = noisy(47, log_every=20, checkpoint_every=10, steps_per_replay=steps_per_replay)
+    assert same(together, noisy(47, log_every=20, checkpoint_every=10, steps_per_replay=1))
+    assert sum(count for _, count in together[2]) == 47
+    assert [first for first, _ in together[2]] == [sum(n for _, n in together[2][:i]) for i in range(len(together[2]))]
+    assert {count for _, count in together[2]} == {1, steps_per_replay}
+
+
+def test_a_replay_ends_where_something_is_logged_or_saved():
+    """As many steps as divide both intervals; single ones to warm up, to come into step and at the end."""
+    assert noisy(23, log_every=8, checkpoint_every=12, steps_per_replay=10)[2] == [
+        (0, 1), (1, 1), (2, 1), (3, 1), *[(t, 2) for t in range(4, 22, 2)], (22, 1)]       # 2 divides 8, 12 and 10
+    asked = noisy(50, log_every=20, checkpoint_every=1000)[2]
+    assert asked == [*[(t, 1) for t in range(10)], (10, 10), (20, 10), (30, 10), (40, 10)]
+    assert set(noisy(9, log_every=7, checkpoint_every=100)[2]) == {(t, 1) for t in range(9)}
+
+
+def test_a_run_resumed_between_two_replays_takes_the_same_steps(tmp_path):
+    options = {"log_every": 20, "checkpoint_every": 10, "steps_per_replay": 10}
+    whole = noisy(45, **options)
+    noisy(13, folder=tmp_path, **options)
+    resumed = noisy(45, folder=tmp_path, resume="latest", **options)
+    assert same(resumed, whole) and resumed[2] == [*[(t, 1) for t in range(13, 20)], (20, 10), (30, 10),
+                                                   *[(t, 1) for t in range(40, 45)]]
+
+
+def test_the_batches_of_several_steps_are_those_of_each():
+    batches = train.Shuffled(torch.arange(10), 3, seed=4)
+    for first, count in ((0, 1), (0, 3), (1, 7), (2, 2), (5, 13)):
+        rows = batches.indices(first, count)
+        assert rows.shape == (count, 3) and rows.dtype == torch.long
+        each = [train.Shuffled(torch.arange(10), 3, seed=4).batch(t) for t in range(first, first + count)]
+        assert torch.equal(torch.stack([batches.at(row) for row in rows]), torch.stack(each))
+    data = torch.rand(4, 2)
+    whole = train.Whole(data)
+    assert whole.indices(3, 5).shape == (5, 0) and whole.at(whole.indices(3, 5)[0]) is data is whole.batch(9)
+
+
+def test_a_graph_needs_a_tensor_to_stay_where_it_is():
+    """What `_capture` compares: found for every weight, buffer and moment, and different once one is replaced."""
+    model = torch.nn.BatchNorm1d(2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(4, 2)).sum().backward()
+    optimizer.step()
+    state = {"net": model, "adam": optimizer, "noise": train.generator(1)}
+    before = train._addresses(state)
+    assert len(before) == 2 + 3 + 2 * 3 and "net/running_mean" in before and "adam/0/exp_avg" in before
+    model(torch.rand(4, 2)).sum().backward()
+    optimizer.step()
+    assert train._addresses(state) == before
+    model.running_mean = 0.9 * model.running_mean
+    moved = [name for name, address in train._addresses(state).items() if before[name] != address]
+    assert moved == ["net/running_mean"]
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"log_every": 0}, {"checkpoint_every": 0}, {"steps_per_replay": 0}])
+def test_numbers_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(train.TrainError, match=r"steps must be >= 0, log_every, checkpoint_every and .* >= 1, got"):
+        noisy(**{"steps": 4} | wrong)
+
+
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda path: path.unlink(), "nothing to resume from"),
     (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cannot be read"),
@@ -154,7 +258,7 @@ def test_a_full_disk_names_the_step_and_keeps_the_older_checkpoint(tmp_path, mon
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(train, "write_atomic", full)
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
     told = r"step 8 to .*No space left on device; the last good checkpoint .*step 4"
     with pytest.raises(train.TrainError, match=told):
         line(8, folder=tmp_path, resume="latest")
@@ -199,6 +303,23 @@ def test_bf16_changes_the_numerics_and_fp32_does_not():
     assert seen == [torch.float32, torch.float32, torch.bfloat16]
     with pytest.raises(train.TrainError, match="unknown precision"):
         train.fit(step, train.Whole(torch.ones(2, 64)), steps=1, state={"model": linear}, config={}, numerics="fp8")
+
+
+def test_bf16_computes_with_the_weights_of_this_step_not_of_the_first():
+    linear = torch.nn.Linear(8, 1, bias=False)
+    optimizer = torch.optim.SGD(linear.parameters(), 0.05)
+
+    def step(x):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            linear(x)                                     # nor may a pass without gradient spoil the one with it
+        loss = (linear(x).float() - 2).square().mean()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss}
+    history = train.fit(step, train.Whole(torch.ones(2, 8)), steps=20, state={"model": linear, "optimizer": optimizer},
+                        config={}, numerics="bf16", log_every=1)
+    assert history["loss"][-1] < 0.01 * history["loss"][0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

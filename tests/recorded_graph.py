@@ -1,0 +1,63 @@
+"""Not a test: CUDA graphs played on the CPU, so that the code around a capture is tested without a GPU.
+
+As a capture does, `Capture` records the operations on tensors and leaves no effect of them; as a replay does, `replay`
+repeats them on the very same memory: whatever Python would have decided anew stays as it was recorded.
+"""
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lib import train
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph."""
+
+    def __init__(self):
+        self.tape = []
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd(), torch.autocast("cpu", enabled=False):
+            for operation, arguments, named, result in self.tape:
+                for old, new in zip(tree_leaves(result), tree_leaves(operation(*arguments, **named)), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Capture(TorchDispatchMode):
+    """Stands for torch.cuda.graph."""
+
+    def __init__(self, graph, stream=None):
+        super().__init__()
+        self.graph, self.undo, self.own = graph, {}, set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        for item in tree_leaves((arguments, named or {})):
+            if isinstance(item, torch.Generator):
+                self.undo.setdefault(id(item), (item.set_state, item.get_state()))
+            elif isinstance(item, torch.Tensor) and (storage := item.untyped_storage()).data_ptr() not in self.own:
+                self.undo.setdefault(storage.data_ptr(), (storage.copy_, storage.clone()))
+        result = operation(*arguments, **(named or {}))
+        self.own |= {item.untyped_storage().data_ptr() for item in tree_leaves(result)
+                     if isinstance(item, torch.Tensor)} - self.undo.keys()
+        self.graph.tape.append((operation, arguments, named or {}, result))
+        return result
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        for restore, value in self.undo.values():
+            restore(value)
+
+
+def install(monkeypatch) -> None:
+    """Let `train` capture on the CPU."""
+    class Training(train._Training):
+        def __init__(self, *, graph, **named):
+            super().__init__(graph=graph, **named)
+            self.captures = graph
+
+    monkeypatch.setattr(train, "_Training", Training)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
