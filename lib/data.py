@@ -84,6 +84,12 @@ SOURCES = {
         "generated 64x64 RGB scenes with known factors, 4,096 train + 512 test", "as the book", "embedded", {},
         "in memory"),
 }
+WEIGHTS = {
+    "inception": Source(
+        "weights of the FID's Inception network (pytorch-fid)", "Apache 2.0", "python -m lib data --fetch inception",
+        {"pt_inception-2015-12-05-6726825d.pth": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"},
+        "96 MB"),
+}
 
 
 def load(name: str, size: int | None = None) -> Dataset:
@@ -91,7 +97,7 @@ def load(name: str, size: int | None = None) -> Dataset:
 
     Raises DataError: unknown name, file missing and not downloadable, or corrupt.
     """
-    _known(name)
+    _known(name, SOURCES)
     if size is not None and size < 1:
         raise DataError(f"image size must be at least 1 pixel, got {size}")
     data = _load(name)
@@ -100,9 +106,13 @@ def load(name: str, size: int | None = None) -> Dataset:
     return Dataset(**{**vars(data), "train": resize(data.train, size), "test": resize(data.test, size)})
 
 
-def _known(name: str) -> None:
-    if name not in SOURCES:
-        raise DataError(f"unknown data set {name!r}: known are {', '.join(SOURCES)}")
+def _known(name: str, names) -> None:
+    if name not in names:
+        raise DataError(f"unknown data set {name!r}: known are {', '.join(names)}")
+
+
+def _source(name: str) -> Source:
+    return (SOURCES | WEIGHTS)[name]
 
 
 @lru_cache(maxsize=2)
@@ -123,15 +133,22 @@ def folders() -> list[Path]:
     return ([root() / Path(named).expanduser()] if named else []) + [root() / "data"]
 
 
+def _places(name: str) -> list[Path]:
+    return folders() + ([Path(torch.hub.get_dir()) / "checkpoints"] if name in WEIGHTS else [])
+
+
 def find(name: str) -> Path | None:
-    """The first data folder that holds all files of `name`; None if there is none (or nothing to hold)."""
-    files = SOURCES[name].files
-    return next((f for f in folders() if files and all((f / file).is_file() for file in files)), None)
+    """The first folder that holds all files of `name`; None if there is none (or nothing to hold).
+
+    Weights are also looked for in torch's hub cache.
+    """
+    files = _source(name).files
+    return next((f for f in _places(name) if files and all((f / file).is_file() for file in files)), None)
 
 
 def read_checked(name: str, folder: Path, file: str) -> bytes:
-    """The bytes of one file of the data set `name`; DataError if it cannot be read or its SHA-256 is another one."""
-    expected = SOURCES[name].files[file]
+    """The bytes of one file of `name`; DataError if it cannot be read or its SHA-256 is another one."""
+    expected = _source(name).files[file]
     try:
         content = (folder / file).read_bytes()
     except OSError as error:
@@ -139,20 +156,20 @@ def read_checked(name: str, folder: Path, file: str) -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise DataError(f"{folder / file} is corrupt (SHA-256 {found[:12]}…, expected {expected[:12]}…): "
-                        f"delete it, then `{SOURCES[name].how}`; {_instead(name)}")
+                        f"delete it, then `{_source(name).how}`; {_instead(name)}")
     return content
 
 
 def fetch(name: str) -> Path | None:
-    """Download the files of `name` into the first data folder, checked; returns the folder, None if it needs none.
+    """Download a data set or weights into the first data folder, checked; returns the folder, None if it needs none.
 
     Raises DataError: unknown name, no network, a folder that cannot be written, a file there already that is corrupt.
     """
-    _known(name)
-    if not SOURCES[name].files:
+    _known(name, SOURCES | WEIGHTS)
+    if not _source(name).files:
         return None
     folder = find(name) or folders()[0]
-    for file, sha256 in SOURCES[name].files.items():
+    for file, sha256 in _source(name).files.items():
         if (folder / file).is_file():
             read_checked(name, folder, file)
             continue
@@ -165,6 +182,9 @@ def fetch(name: str) -> Path | None:
 
 
 def _mirrors(name: str) -> list[str]:
+    if name in WEIGHTS:
+        from pytorch_fid.inception import FID_WEIGHTS_URL
+        return [FID_WEIGHTS_URL.rpartition("/")[0] + "/"]
     from torchvision import datasets  # slow to import: only when something is to be downloaded
 
     return {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name].mirrors
@@ -190,14 +210,17 @@ def _download(mirrors: list[str], target: Path, sha256: str) -> None:
 
 
 def _missing(name: str, error: Exception) -> str:
-    files = SOURCES[name].files
-    absent = [next(folder / file for file in files if not (folder / file).is_file()) for folder in folders()]
-    return (f"data set {name} is not here (looked for {', '.join(map(str, absent))}) and could not be downloaded "
-            f"({error}): run `{SOURCES[name].how}` with a network, or set VAEBOOK_DATA to a folder that has it; "
+    files = _source(name).files
+    absent = [next(folder / file for file in files if not (folder / file).is_file()) for folder in _places(name)]
+    what = f"data set {name} is" if name in SOURCES else f"{_source(name).what} are"
+    return (f"{what} not here (looked for {', '.join(map(str, absent))}) and could not be downloaded "
+            f"({error}): run `{_source(name).how}` with a network, or set VAEBOOK_DATA to a folder that has it; "
             f"{_instead(name)}")
 
 
 def _instead(name: str) -> str:
+    if name in WEIGHTS:
+        return "the classifier Frechet distance (CFD) needs no file and is used instead of the FID"
     return f"the embedded data set {'digits' if 'mnist' in name else 'shapes'!r} needs no file"
 
 

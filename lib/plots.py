@@ -122,6 +122,36 @@ def decoder_map(grid: Tensor, extent: float, title: str = "") -> Figure:
     return fig
 
 
+# ---------------------------------------------------------------------------- symmetric learning (lib/symmetric.py)
+def bit_information(layers: dict[str, Tensor], title: str = "") -> Figure:
+    """Mutual information of each bit, largest first: a line per layer, {its name: [n] in bits}."""
+    fig, ax = plt.subplots(figsize=(WIDTH, 2.7))
+    for i, (name, mi) in enumerate(layers.items()):
+        values = mi.detach().cpu().sort(descending=True).values.clamp_min(0)
+        ax.plot(range(1, len(values) + 1), values, color=PALETTE[i], marker=MARKERS[i], markersize=3, linewidth=1,
+                label=f"{name}: {values.sum():.1f} bits in all")
+    ax.set(xlabel="bit, the most informative first", ylabel="mutual information [bits]", ylim=(0, None), title=title)
+    ax.legend()
+    return fig
+
+
+def by_sweeps(curves: dict[str, dict[int, dict]], ylabel: str, title: str = "") -> Figure:
+    """A metric {"value", "se"} against the number of sweeps, a line with ±2 standard errors per name in curves."""
+    fig, ax = plt.subplots(figsize=(WIDTH, 3.0))
+    for i, (name, found) in enumerate(curves.items()):
+        sweeps = sorted(found)
+        value = np.array([found[k]["value"] for k in sweeps])
+        error = 2 * np.array([found[k]["se"] or 0.0 for k in sweeps])
+        colour = PALETTE[i % len(PALETTE)]
+        ax.plot(sweeps, value, color=colour, marker=MARKERS[i], markersize=4, label=name)
+        ax.fill_between(sweeps, value - error, value + error, color=colour, alpha=0.2, linewidth=0)
+    ax.set(xlabel="encode-decode sweeps", ylabel=ylabel, ylim=(0, None), title=title)
+    ax.set_xscale("symlog", linthresh=1)
+    if len(curves) > 1:
+        fig.legend(loc="outside right center")
+    return fig
+
+
 # ---------------------------------------------------------------------------- Gaussian mixture (lib/gmm.py)
 def gmm_maps(x: Tensor, states: Tensor, axis: Tensor, regions: Tensor, centres: dict[str, Tensor],
              names: tuple[str, ...], points: int = 1000) -> Figure:

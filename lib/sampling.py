@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib import BookError
 from lib.autoencoders import Autoencoder, decode, encode, evaluate, pixels
 
 MODES = ("sample", "interpolate", "traverse", "reconstruct", "visualize_latent")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")       # what pytorch-fid reads
 
 
 def check(z_dim: int, n_samples: int = 1, batch_size: int = 1, n_interpolate: int = 2, n_traverse: int = 2,
@@ -100,3 +102,30 @@ def save_images(grid: Tensor, folder: Path) -> int:
         strip = torch.cat(list(row), dim=-1).permute(1, 2, 0).numpy()
         Image.fromarray(strip[..., 0] if strip.shape[-1] == 1 else strip).save(folder / f"{i}.png")
     return len(grid)
+
+
+def export_images(images: Tensor, folder: Path) -> int:
+    """Each image [N, 1 or 3, H, W], uint8 or in [0, 1], as its own PNG, 0.png, 1.png, ...; returns N.
+
+    `python -m pytorch_fid A B` compares two such folders. Images of these names are replaced. Raises BookError: the
+    folder cannot be written or holds other images, which would be counted too; ValueError: other tensors, NaN.
+    """
+    from PIL import Image
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"images to export must be [N, 1 or 3, H, W], N >= 1, got {list(images.shape)}")
+    if images.dtype != torch.uint8:
+        if not (images.is_floating_point() and images.isfinite().all()):
+            raise ValueError("images to export must be uint8, or finite and in [0, 1]")
+        images = torch.cat([(255 * part).round().clamp(0, 255).to(torch.uint8) for part in images.split(4096)])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {f"{i}.png" for i in range(len(images))}
+        other = next((f.name for f in folder.iterdir() if f.suffix in PICTURES and f.name not in names), None)
+        if other:
+            raise BookError(f"{folder} holds another image, {other}: export into an empty folder")
+        for i, image in enumerate(images.cpu().movedim(1, -1).numpy()):
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            picture.save(folder / f"{i}.png", compress_level=1)
+    except OSError as error:
+        raise BookError(f"cannot write images to {folder}: {error.strerror or error}; choose another folder") from None
+    return len(images)

@@ -1,228 +1,34 @@
-"""Symmetric equilibrium learning of a two-layer binary HVAE (Flach, Schlesinger, Shekhovtsov, AISTATS 2024).
+"""Symmetric equilibrium learning of the binary HVAE (Flach, Schlesinger, Shekhovtsov, AISTATS 2024), and its baseline.
 
-Bits z0 [B, n0] and z1 [B, n1] as floats in {0, 1}, images x [B, 1, S, S]; all distributions of bits by their logits.
-    p(x, z) = 2^-n0 p(z1|z0) p(x|z1)             x: Bernoulli pixels, or Gaussian ones with one learned sigma
-    ladder   q(z|x) = q(z0|x) q(z1|z0, x)        logits of z1: those of p(z1|z0) plus a network's of x
-    reverse  q(z|x) = q(z1|x) q(z0|z1)           the order of wake-sleep
-Learning, one gradient step each (nats per image):
+x: images [B, 1, S, S]; z = (z0, z1): bits [B, n0] and [B, n1] (lib/hvae.py). One gradient step each, nats per image:
     symmetric  p: -log p(x, z), x data, z ~ q(.|x);   then q: -log q(z|x), (x, z) ~ p;   two Adams
     elbo       -E_q log p(x|z1) + KL(q(z|x) || p(z)), gradients through the bits by ZGR, one Adam
 """
 import math
-from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.evaluate import exact
-from lib.stochastic import bernoulli, bernoulli_entropy, bernoulli_kl, gaussian_log_prob, zgr, zgr_at
-from lib.train import precision
+from lib.classifier import Classifier, cfd, load_or_train, moments
+from lib.data import Dataset
+from lib.evaluate import estimate, exact, fid, fid_moments
+from lib.hvae import CHAIN, ENCODERS, GAUSSIAN, HVAE, Tanh, build, initialise
+from lib.stochastic import bernoulli_entropy, bernoulli_kl, zgr, zgr_at
+from lib.train import Shuffled, adam, generator, precision
 
-ENCODERS = ("ladder", "reverse")
 LEARNING = ("symmetric", "elbo")
-GAUSSIAN = ("fashionmnist",)                                 # grey images; all others are binarised
 THRESHOLD = 0.4375                                           # of the binarisation, as in the work
-FLIPPED, NOISE, DECAY, CHAIN = 0.001, 0.01, 0.99, 10
+FLIPPED, NOISE, DECAY = 0.001, 0.01, 0.99
+CURVES = {"loss per unit or pixel [nats]": {"p_x": "p: x", "p_z1": "p: z1", "q_z0": "q: z0", "q_z1": "q: z1",
+                                            "rec": "x", "kl": "KL"},
+          "information per unit [bits]": {"mi_p_z1": "z1 under p", "mi_q_z0": "z0 under q", "mi_q_z1": "z1 under q"}}
+METRICS = ("cfd_random_code", "cfd_limiting", "fid_random_code", "fid_limiting", "elbo", "rec", "kl", "mi_p_z1",
+           "mi_q_z0", "mi_q_z1", "classifier_accuracy")
 LEARNT_FROM = ("dataset", "encoder", "learning", "z0_bits", "z1_bits", "width", "batch_size", "lr", "held_out", "seed",
                "precision")                                  # the notebook's parameters that the weights depend on
-
-
-# ------------------------------------------------------------------------------------------------ networks
-def wide(logits: Tensor) -> Tensor:
-    """bf16 would be too coarse for draws and losses: float32 (a float64 stays)."""
-    return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-
-class _SigmoidTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        y = x.mul(2).sigmoid_().mul_(2).sub_(1)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.ops.aten.tanh_backward(gradient, *ctx.saved_tensors)
-
-
-class Tanh(nn.Module):
-    """tanh; on the CPU as 2 sigmoid(2x) - 1: the same to 2e-7, ten times faster than PyTorch's, a quarter of a step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
-        return torch.tanh(x) if x.is_cuda else _SigmoidTanh.apply(x)
-
-
-class FullConv2d(nn.Conv2d):
-    """A convolution whose kernel is as large as its input, [B, C, k, k] -> [B, D, 1, 1], as one matrix product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Channels last, so that nothing is moved."""
-        x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, self.weight))
-        return F.linear(x, weight, self.bias)[:, :, None, None]
-
-
-class FullConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution of a single pixel, [B, C, 1, 1] -> [B, D, k, k], as one matrix product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Channels last, so that nothing is moved."""
-        weight = self.weight.permute(0, 2, 3, 1)                                        # [C, k, k, D]
-        return ((x.flatten(1) @ weight.flatten(1)).unflatten(1, weight.shape[1:]) + self.bias).permute(0, 3, 1, 2)
-
-
-class SkipMLP(nn.Module):
-    """Logits [B, n_out] of bits from n_in inputs: `hidden` tanh layers 600 wide, plus a linear skip without bias."""
-
-    def __init__(self, n_in: int, n_out: int, hidden: int = 2, width: int = 600):
-        super().__init__()
-        layers = [layer for a, b in pairwise([n_in, *[width] * hidden]) for layer in (nn.Linear(a, b), Tanh())]
-        self.net, self.skip = nn.Sequential(*layers, nn.Linear(width, n_out)), nn.Linear(n_in, n_out, bias=False)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Logits [B, n_out]."""
-        return wide(self.net(z) + self.skip(z))
-
-
-def image_encoder(width: int, features: int) -> nn.Sequential:
-    """Seven convolutions with tanh, 28-28-27-13-11-9-4-1: x [B, 1, 28, 28] -> [B, features]; width: base channels."""
-    w = width
-    layers = [(1, w, 3, 1, 1), (w, w, 2, 1, 0), (w, 2 * w, 3, 2, 0), (2 * w, 2 * w, 3, 1, 0), (2 * w, 2 * w, 3, 1, 0),
-              (2 * w, 4 * w, 3, 2, 0)]
-    parts = [part for layer in layers for part in (nn.Conv2d(*layer), Tanh())]
-    return nn.Sequential(*parts, FullConv2d(4 * w, features, 4), Tanh(), nn.Flatten())
-
-
-def image_decoder(bits: int, width: int, activation: type[nn.Module]) -> nn.Sequential:
-    """The encoder backwards, 1-4-9-11-13-27-28-28: z1 [B, bits] -> logits or means [B, 1, 28, 28]."""
-    w = width
-    layers = [(4 * w, 2 * w, 3, 2), (2 * w, 2 * w, 3, 1), (2 * w, 2 * w, 3, 1), (2 * w, w, 3, 2), (w, w, 2, 1)]
-    parts = [part for layer in layers for part in (nn.ConvTranspose2d(*layer), activation())]
-    return nn.Sequential(nn.Unflatten(1, (bits, 1, 1)), FullConvTranspose2d(bits, 4 * w, 4), activation(), *parts,
-                         nn.Conv2d(w, 1, 3, 1, 1))
-
-
-class LadderEncoder(nn.Module):
-    """x -> (logits of q(z0|x) [B, n0], what x adds to the logits of p(z1|z0) [B, n1])."""
-
-    def __init__(self, bits: tuple[int, int], trunk: nn.Module, features: int):
-        super().__init__()
-        self.trunk, self.to_z1 = trunk, nn.Linear(features, bits[1])
-        self.to_z0 = nn.Sequential(nn.Linear(features, features), Tanh(), nn.Linear(features, features), Tanh(),
-                                   nn.Linear(features, bits[0]))
-        self.skip = nn.Linear(bits[1], bits[0], bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, n0] and [B, n1]."""
-        h = self.trunk(x)
-        added = self.to_z1(h)
-        return wide(self.to_z0(h) + self.skip(added)), wide(added)
-
-
-class ReverseEncoder(nn.Module):
-    """x -> (logits of q(z1|x) [B, n1],); `to_z0`: z1 -> logits of q(z0|z1)."""
-
-    def __init__(self, bits: tuple[int, int], trunk: nn.Module, features: int):
-        super().__init__()
-        self.trunk, self.to_z1 = trunk, nn.Linear(features, bits[1])
-        self.to_z0 = SkipMLP(bits[1], bits[0], hidden=3)
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        """Logits [B, n1]."""
-        return (wide(self.to_z1(self.trunk(x))),)
-
-
-class HVAE(nn.Module):
-    """p(z1|z0), p(x|z1), an encoder of the given kind, and the running statistics of both.
-
-    trunk: x -> [B, features]; decoder: z1 -> logits (or, if gaussian, means) of x. Raises ValueError: unknown encoder.
-    """
-
-    def __init__(self, encoder: str, bits: tuple[int, int], trunk: nn.Module, features: int, decoder: nn.Module,
-                 gaussian: bool = False, image: tuple[int, ...] = (1, 28, 28)):
-        super().__init__()
-        if encoder not in ENCODERS:
-            raise ValueError(f"unknown encoder {encoder!r}: use {' or '.join(ENCODERS)}")
-        if min(bits) < 1:
-            raise ValueError(f"each layer needs at least one bit, got {bits[0]} and {bits[1]}")
-        self.kind, self.bits, self.gaussian = encoder, bits, gaussian
-        self.prior, self.decoder = SkipMLP(*bits), decoder
-        self.encoder = (LadderEncoder if encoder == "ladder" else ReverseEncoder)(bits, trunk, features)
-        if gaussian:
-            self.log_sigma = nn.Parameter(torch.zeros(()))
-        for name, n in (("p_z1", bits[1]), ("q_z0", bits[0]), ("q_z1", bits[1])):
-            self.register_buffer(f"mean_{name}", torch.full((n,), 0.5))      # running means of the bits' probabilities
-            self.register_buffer(f"mi_{name}", torch.zeros(n))               # and of their mutual information, in bits
-        self.register_buffer("chain", torch.full((CHAIN, *image), 0.5))      # images sent to and fro, once a step
-
-    def generative(self) -> list[nn.Parameter]:
-        """The parameters of p; those of q are the encoder's."""
-        own = [self.log_sigma] if self.gaussian else []
-        return [*self.prior.parameters(), *self.decoder.parameters(), *own]
-
-    def draw_q(self, a: tuple, generator: torch.Generator, bit: Callable = bernoulli) -> tuple[Tensor, ...]:
-        """(z0, z1, logits of q(z0|.), of q(z1|.) and of p(z1|z0)) from a = encoder(x); bit: how bits are drawn.
-
-        The last is None for the reverse encoder, which does not need it to draw.
-        """
-        if self.kind == "ladder":
-            z0 = bit(a[0], generator)
-            logits = self.prior(z0)
-            return z0, bit(logits + a[1], generator), a[0], logits + a[1], logits
-        z1 = bit(a[0], generator)
-        logits = self.encoder.to_z0(z1)
-        return bit(logits, generator), z1, logits, a[0], None
-
-    def q_logits(self, a: tuple, z0: Tensor, z1: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of q(z0|.) and q(z1|.) at the given bits; prior: the logits of p(z1|z0), whose gradient is stopped."""
-        if self.kind == "ladder":
-            return a[0], prior.detach() + a[1]
-        return self.encoder.to_z0(z1), a[0]
-
-    def draw_z(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """n draws from the prior: (z0, z1, logits of p(z1|z0))."""
-        z0 = bernoulli(self.mean_q_z0.new_zeros(n, self.bits[0]), generator)
-        logits = self.prior(z0)
-        return z0, bernoulli(logits, generator), logits
-
-    def decode(self, z1: Tensor) -> Tensor:
-        """z1 [B, n1] -> logits or, if gaussian, means of p(x|z1), [B, 1, S, S]."""
-        return wide(self.decoder(z1))
-
-    def draw_x(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw of x from the decoder's output."""
-        if not self.gaussian:
-            return bernoulli(output, generator)
-        noise = torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-        return output + self.log_sigma.exp() * noise
-
-    def nll_x(self, output: Tensor, x: Tensor) -> Tensor:
-        """-log p(x|z1) in nats per image [B] (a density if gaussian) from the decoder's output."""
-        if self.gaussian:
-            return -gaussian_log_prob(x, output, self.log_sigma)
-        return F.binary_cross_entropy_with_logits(output, x, reduction="none").flatten(1).sum(1)
-
-
-def build(dataset: str, encoder: str, bits: tuple[int, int] = (30, 100), width: int = 32) -> HVAE:
-    """The work's networks for 28x28 images. Fashion-MNIST: 1000 features, ReLU decoder, Gaussian; else 600 and tanh."""
-    gaussian = dataset in GAUSSIAN
-    features = 1000 if gaussian else 600
-    decoder = image_decoder(bits[1], width, nn.ReLU if gaussian else Tanh)
-    return HVAE(encoder, bits, image_encoder(width, features), features, decoder, gaussian)
-
-
-def initialise(model: HVAE, generator: torch.Generator) -> HVAE:
-    """PyTorch's default weights, U(±1/sqrt(fan in)), and the start of the chain, drawn from a CPU generator."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(module.weight)[0])
-            for parameter in module.parameters(recurse=False):
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    noise = torch.rand(model.chain.shape, generator=generator)
-    model.chain.copy_(noise if model.gaussian else noise.round())
-    return model
 
 
 # ------------------------------------------------------------------------------------------------ objectives
@@ -289,15 +95,26 @@ def training(model: HVAE, generator: torch.Generator, learning: str = "symmetric
     model.train().to(memory_format=torch.channels_last)
     state = {"model": model, "generator": generator}
     if learning == "elbo":
-        state["optimizer"] = _adam(model.parameters(), lr)
+        state["optimizer"] = adam(model.parameters(), lr)
         return _elbo_step(model, state["optimizer"], generator), state
-    state |= {"p_optimizer": _adam(model.generative(), lr), "q_optimizer": _adam(model.encoder.parameters(), lr)}
+    state |= {"p_optimizer": adam(model.generative(), lr), "q_optimizer": adam(model.encoder.parameters(), lr)}
     return _symmetric_step(model, state["p_optimizer"], state["q_optimizer"], generator), state
 
 
-def _adam(parameters, lr: float) -> torch.optim.Adam:
-    parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=parameters[0].is_cuda)
+def replica(parameters: dict, data: Tensor, device: torch.device, folder: Path | None = None) -> dict:
+    """One seed's arguments for `train.fit_together`, from the notebook's parameters; data: uint8 [N, 1, 28, 28].
+
+    The model is in state["model"]. Raises ValueError: an unknown encoder or learning, no bits, lr <= 0.
+    """
+    bits, seed = (parameters["z0_bits"], parameters["z1_bits"]), parameters["seed"]
+    model = build(parameters["dataset"], parameters["encoder"], bits, parameters["width"])
+    model = initialise(model, generator(seed, use="weights")).to(device)
+    step, state = training(model, generator(seed, device), parameters["learning"], parameters["lr"])
+    if parameters["compiled"]:
+        model.encoder.trunk.compile()
+        model.decoder.compile()
+    return {"step": step, "batches": Shuffled(data.to(device), parameters["batch_size"], seed), "state": state,
+            "config": {name: parameters[name] for name in LEARNT_FROM}, "folder": folder, "title": f"seed {seed}"}
 
 
 def _symmetric_step(model: HVAE, p_optimizer, q_optimizer, generator: torch.Generator):
@@ -363,13 +180,6 @@ def _tracked(model: HVAE) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ generation
-def picture(model: HVAE, output: Tensor, hard: bool = True) -> Tensor:
-    """The decoder's output as images in [0, 1]: Gaussian: means, clipped; Bernoulli: p, rounded if hard."""
-    if model.gaussian:
-        return output.clamp(0, 1)
-    return (output > 0).float() if hard else output.sigmoid()
-
-
 @torch.no_grad()
 def sweep(model: HVAE, x: Tensor, generator: torch.Generator) -> Tensor:
     """One step of the chain x -> z ~ q(.|x) -> x ~ p(.|z), images [B, 1, S, S]."""
@@ -380,14 +190,14 @@ def sweep(model: HVAE, x: Tensor, generator: torch.Generator) -> Tensor:
 def random_code(model: HVAE, n: int, generator: torch.Generator, hard: bool = True) -> Tensor:
     """n images [n, 1, S, S] in [0, 1] from random codes: z0 uniform, z1 ~ p(.|z0), the decoder's `picture`."""
     with precision("fp32", model.chain.device):
-        parts = [picture(model, model.decode(model.draw_z(size, generator)[1]), hard) for size in _sizes(n)]
+        parts = [model.picture(model.decode(model.draw_z(size, generator)[1]), hard) for size in _sizes(n)]
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def limiting(model: HVAE, n: int, sweeps: list[int], generator: torch.Generator,
              hard: bool = True) -> dict[int, Tensor]:
-    """Images [n, 1, S, S] in [0, 1] after each of the given numbers of sweeps, seen through one more encode-decode.
+    """uint8 images [n, 1, S, S] after each of the given numbers of sweeps, seen through one more encode-decode.
 
     The chain starts at images of the model, or at random bits if gaussian, as the work's does. ValueError: no sweeps.
     """
@@ -400,7 +210,7 @@ def limiting(model: HVAE, n: int, sweeps: list[int], generator: torch.Generator,
             for k in range(max(sweeps) + 1):
                 output = model.decode(model.draw_q(model.encoder(x), generator)[1])
                 if k in found:
-                    found[k].append(picture(model, output, hard))
+                    found[k].append(as_bytes(model.picture(output, hard)))
                 x = model.draw_x(output, generator)
     return {k: torch.cat(parts) for k, parts in found.items()}
 
@@ -408,11 +218,16 @@ def limiting(model: HVAE, n: int, sweeps: list[int], generator: torch.Generator,
 def _start(model: HVAE, n: int, generator: torch.Generator) -> Tensor:
     if not model.gaussian:
         return model.draw_x(model.decode(model.draw_z(n, generator)[1]), generator)
-    return bernoulli_like(model.chain.new_empty(n, *model.chain.shape[1:]), 0.5, generator)
+    return torch.empty(n, *model.chain.shape[1:], device=model.chain.device).bernoulli_(0.5, generator=generator)
 
 
 def _sizes(n: int, size: int = 500) -> list[int]:
     return [size] * (n // size) + [n % size] * (n % size > 0)
+
+
+def milestones(sweeps: int) -> list[int]:
+    """Where the way to the limiting distribution is looked at: 0, 1, 2, 5, 10, ... and the last of `sweeps`."""
+    return [k for k in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500) if k < sweeps] + [sweeps]
 
 
 @torch.no_grad()
@@ -421,7 +236,12 @@ def reconstruct(model: HVAE, batch: Tensor, generator: torch.Generator) -> Tenso
     x = images(batch, model.gaussian)
     with precision("fp32", x.device):
         output = model.decode(model.draw_q(model.encoder(x), generator)[1])
-    return torch.stack([x, picture(model, output, hard=False)], 1)
+    return torch.stack([x, model.picture(output, hard=False)], 1)
+
+
+def as_bytes(pictures: Tensor) -> Tensor:
+    """Images in [0, 1] -> uint8, as they are saved in a file."""
+    return (255 * pictures).round().to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -438,6 +258,44 @@ def evaluate(model: HVAE, data: Tensor, generator: torch.Generator) -> dict[str,
             found.append(torch.stack(elbo_loss(model, x, model.draw_q(model.encoder(x), generator))))
     nll, kl = torch.cat(found, 1)
     return {"elbo": -nll - kl, "rec": -nll, "kl": kl}
+
+
+def split(data: Dataset, held_out: bool) -> tuple[Tensor, Tensor]:
+    """(images to learn from, images to compare with), uint8: all 70,000 both times, or training and test images."""
+    if held_out:
+        return data.train, data.test
+    return (torch.cat([data.train, data.test]),) * 2
+
+
+def judge(data: Dataset, device: torch.device) -> Classifier:
+    """The data set's classifier, whose features the CFD compares: of binarised images unless the model is Gaussian."""
+    return load_or_train(data, None if data.name in GAUSSIAN else THRESHOLD, device=device)
+
+
+def measure(model: HVAE, data: Dataset, reference: Tensor, net: Classifier, n: int, sweeps: int,
+            generator: torch.Generator, with_fid: bool = False) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """(metrics, images uint8 [n, 1, S, S] "data", "random_code", "limiting", bits' information) of one model.
+
+    elbo, rec, kl and mi_* (summed over bits) of the test images; CFD to the reference, uint8 images, of n images from
+    random codes, and after 0, 1, 2, 5, ... `sweeps` sweeps (the last is cfd_limiting); if with_fid, the FIDs too:
+    DataError if the Inception weights cannot be had.
+    """
+    device = generator.device
+    test = data.test.to(device)
+    terms, told = evaluate(model, test, generator), information(model, test, generator)
+    metrics = {name: estimate(values, "nats per image") for name, values in terms.items()}
+    metrics |= {f"mi_{name}": exact(values.sum(), "bits") for name, values in told.items()}
+    metrics["classifier_accuracy"] = net.recipe["accuracy"]
+    own, after = as_bytes(random_code(model, n, generator)), limiting(model, n, milestones(sweeps), generator)
+    generated = {"random_code": own, "limiting": after[sweeps]}
+    seen = torch.cat([as_bytes(images(part, model.gaussian)) for part in reference.split(5000)])
+    known = moments(net, seen)
+    metrics |= {f"cfd_{name}": cfd(net, pictures, known) for name, pictures in generated.items()}
+    metrics |= {f"cfd_after_{k}": cfd(net, after[k], known) for k in milestones(sweeps)[:-1]}
+    if with_fid:
+        known = fid_moments(seen, device)
+        metrics |= {f"fid_{name}": fid(pictures, known, device) for name, pictures in generated.items()}
+    return metrics, {"data": seen, **generated}, told
 
 
 def elbo_gradients(model: HVAE, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -463,14 +321,60 @@ def elbo_gradients(model: HVAE, batch: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([g.flatten() for g in torch.autograd.grad(loss / len(batch), own)]) for loss in losses)
 
 
-def information(model: HVAE) -> dict[str, dict]:
-    """The running mutual information of each layer's bits with what they depend on, summed, in bits (work's estimate).
+def zgr_bias(encoder: str, data: Tensor, seed: int, steps: tuple[int, ...] = (0, 100, 300)) -> list[dict]:
+    """How far the mean of ZGR's gradient is from the exact one while an HVAE of 4 + 4 bits learns 4x4 thumbnails.
 
-    p_z1: z1 with z0 under p; q_z0, q_z1: each layer with what q conditions it on.
+    data: uint8 [N, 1, 28, 28]; gradients are of the first 8 images. A row for each number of ELBO steps: bias
+    |mean - exact| / |exact| and cosine, over all parameters of the encoder.
     """
-    return {f"mi_{name}": exact(getattr(model, f"mi_{name}").sum(), "bits") for name in ("p_z1", "q_z0", "q_z1")}
+    small = F.adaptive_avg_pool2d(data[:2000].float(), 4).round().to(torch.uint8)
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), Tanh())
+    decoder = nn.Sequential(nn.Linear(4, 16), Tanh(), nn.Linear(16, 16), nn.Unflatten(1, (1, 4, 4)))
+    model = initialise(HVAE(encoder, (4, 4), trunk, 16, decoder, image=(1, 4, 4)), generator(seed, use="weights"))
+    step, state = training(model, generator(seed), "elbo", lr=3e-3)
+    batches, rows, done = Shuffled(small, 64, seed), [], 0
+    for upto in steps:
+        for t in range(done, upto):
+            step(batches.batch(t))
+        exact_one, mean = elbo_gradients(model.double(), small[:8])
+        model.float()
+        done, apart = upto, (mean - exact_one).norm() / exact_one.norm()
+        rows.append({"steps": upto, "relative bias": apart.item(),
+                     "cosine": F.cosine_similarity(mean, exact_one, dim=0).item()})
+    return rows
 
 
-def as_bytes(pictures: Tensor) -> Tensor:
-    """Images in [0, 1] -> uint8, as they are saved in a file."""
-    return (255 * pictures).round().to(torch.uint8)
+def bias_table(data: Tensor, seed: int):
+    """`zgr_bias` of both encoders as a pandas DataFrame."""
+    import pandas as pd
+    rows = [{"encoder": encoder} | row for encoder in ENCODERS for row in zgr_bias(encoder, data, seed)]
+    return pd.DataFrame(rows).set_index(["encoder", "steps"])
+
+
+def sweeps_of(found: list[dict]) -> dict[str, dict[int, dict]]:
+    """Of run records: name -> {sweeps: CFD}, as `plots.by_sweeps` draws them."""
+    curves = {}
+    for record in found:
+        own, metrics = record["parameters"], record["metrics"]
+        name = ", ".join([own["dataset"], own["encoder"], own["learning"], *["held out"] * own["held_out"]])
+        curves[name] = {int(key.removeprefix("cfd_after_")): m for key, m in metrics.items() if "cfd_after_" in key}
+        curves[name][own["sweeps"]] = metrics["cfd_limiting"]
+    return curves
+
+
+@torch.no_grad()
+def information(model: HVAE, data: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Mutual information in bits of each bit with what its layer depends on, over the images data: uint8 [N, 1, S, S].
+
+    q_z0 [n0], q_z1 [n1]: under q, each layer with what q conditions it on; p_z1 [n1]: z1 with z0 under p, of N draws.
+    The work's estimate, H(mean p) - mean H(p), at the final weights: the running one of the curves lags behind.
+    """
+    found: dict[str, list[Tensor]] = {"p_z1": [], "q_z0": [], "q_z1": []}
+    for part in data.split(500):
+        with precision("fp32", data.device):
+            _, _, q_z0, q_z1, _ = model.draw_q(model.encoder(images(part, model.gaussian)), generator)
+            own = {"p_z1": model.draw_z(len(part), generator)[2], "q_z0": q_z0, "q_z1": q_z1}
+        for name, logits in own.items():
+            found[name].append(logits.double())
+    return {name: (bernoulli_entropy(torch.logit(torch.cat(parts).sigmoid().mean(0), eps=1e-9))
+                   - bernoulli_entropy(torch.cat(parts)).mean(0)) / math.log(2) for name, parts in found.items()}
