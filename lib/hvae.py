@@ -65,11 +65,11 @@ class FullConvTranspose2d(nn.ConvTranspose2d):
 
 
 class SkipMLP(nn.Module):
-    """Logits [B, n_out] of bits from n_in inputs: `hidden` tanh layers 600 wide, plus a linear skip without bias."""
+    """Logits [B, n_out] of bits from n_in inputs: some tanh layers `width` wide, plus a linear skip without bias."""
 
-    def __init__(self, n_in: int, n_out: int, hidden: int = 2, width: int = 600):
+    def __init__(self, n_in: int, n_out: int, width: int, depth: int = 2):
         super().__init__()
-        layers = [layer for a, b in pairwise([n_in, *[width] * hidden]) for layer in (nn.Linear(a, b), Tanh())]
+        layers = [layer for a, b in pairwise([n_in, *[width] * depth]) for layer in (nn.Linear(a, b), Tanh())]
         self.net, self.skip = nn.Sequential(*layers, nn.Linear(width, n_out)), nn.Linear(n_in, n_out, bias=False)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class ReverseEncoder(nn.Module):
     def __init__(self, bits: tuple[int, int], trunk: nn.Module, features: int):
         super().__init__()
         self.trunk, self.to_z1 = trunk, nn.Linear(features, bits[1])
-        self.to_z0 = SkipMLP(bits[1], bits[0], hidden=3)
+        self.to_z0 = SkipMLP(bits[1], bits[0], features, depth=3)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Logits [B, n1]."""
@@ -128,18 +128,19 @@ class ReverseEncoder(nn.Module):
 class HVAE(nn.Module):
     """p(z1|z0), p(x|z1), an encoder of the given kind, and the running statistics of both.
 
-    trunk: x -> [B, features]; decoder: z1 -> logits (or, if gaussian, means) of x. Raises ValueError: unknown encoder.
+    trunk: x -> [B, features]; decoder: z1 -> logits (or, if gaussian, means) of x; hidden: width of p(z1|z0)'s MLP.
+    Raises ValueError: unknown encoder, no bits.
     """
 
     def __init__(self, encoder: str, bits: tuple[int, int], trunk: nn.Module, features: int, decoder: nn.Module,
-                 gaussian: bool = False, image: tuple[int, ...] = (1, 28, 28)):
+                 gaussian: bool = False, image: tuple[int, ...] = (1, 28, 28), hidden: int = 600):
         super().__init__()
         if encoder not in ENCODERS:
             raise ValueError(f"unknown encoder {encoder!r}: use {' or '.join(ENCODERS)}")
         if min(bits) < 1:
             raise ValueError(f"each layer needs at least one bit, got {bits[0]} and {bits[1]}")
         self.kind, self.bits, self.gaussian = encoder, bits, gaussian
-        self.prior, self.decoder = SkipMLP(*bits), decoder
+        self.prior, self.decoder = SkipMLP(*bits, hidden), decoder
         self.encoder = (LadderEncoder if encoder == "ladder" else ReverseEncoder)(bits, trunk, features)
         if gaussian:
             self.log_sigma = nn.Parameter(torch.zeros(()))
@@ -202,12 +203,15 @@ class HVAE(nn.Module):
         return F.binary_cross_entropy_with_logits(output, x, reduction="none").flatten(1).sum(1)
 
 
-def build(dataset: str, encoder: str, bits: tuple[int, int] = (30, 100), width: int = 32) -> HVAE:
-    """The work's networks for 28x28 images. Fashion-MNIST: 1000 features, ReLU decoder, Gaussian; else 600 and tanh."""
+def build(dataset: str, encoder: str, bits: tuple[int, int] = (30, 100), width: int = 32, hidden: int = 600) -> HVAE:
+    """The work's networks for 28x28 images. Fashion-MNIST: encoder MLP 1000, ReLU decoder, Gaussian; else 600, tanh.
+
+    width: base channels of the image networks; hidden: width of the MLPs. Raises ValueError: see `HVAE`.
+    """
     gaussian = dataset in GAUSSIAN
-    features = 1000 if gaussian else 600
+    features = hidden * 5 // 3 if gaussian else hidden
     decoder = image_decoder(bits[1], width, nn.ReLU if gaussian else Tanh)
-    return HVAE(encoder, bits, image_encoder(width, features), features, decoder, gaussian)
+    return HVAE(encoder, bits, image_encoder(width, features), features, decoder, gaussian, hidden=hidden)
 
 
 def initialise(model: HVAE, generator: torch.Generator) -> HVAE:

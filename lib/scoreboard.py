@@ -8,7 +8,9 @@ Pure functions. `flatten` turns the file into rows, `score` joins them with run 
     not reproduced   neither
     not run          no recorded run, or only a reduced one and no order to check
 "Order" asks for a difference of more than two standard errors, taken over the seeds that both sides were run
-with, or from the two errors if there is one seed. The file explains its templates; lib/tables.py draws the rows.
+with, or from the two errors if there is one seed. Where only a template's stand-in was measured, such as another
+Frechet distance for the FID, nothing but the order is judged, between rows that the same stand-in measured; such a
+row is never "reproduced". The file explains its templates; lib/tables.py draws the rows.
 """
 import math
 import re
@@ -25,7 +27,9 @@ from lib.runs import HOUSEKEEPING
 VERDICTS = ("reproduced", "direction holds", "not reproduced", "not run")
 SECTION = ("title", "work", "source")
 REQUIRED = ("published", "experiment", "metric", "unit", "tolerance")
-OPTIONAL = ("where", "order", "resolution", "source", "pivot")
+OPTIONAL = ("where", "order", "resolution", "source", "pivot", "stand_in")
+STAND_IN = ("metric", "unit")
+PATH = "path"                   # first of a `pivot`: the rest of the number's path goes down instead of a wildcard
 RECORD = ("experiment", "run", "seed", "parameters", "metrics", "reduced", "command")
 METRIC = ("value", "se", "n", "unit")
 
@@ -62,9 +66,10 @@ def flatten(published: dict) -> list[dict]:
     """One row per published number, in the file's order, filled in by the first template that matches it.
 
     A row: section, title, work, key (path in the section), wildcards, source, published, half_width or None,
-    decimals, experiment, metric, where, unit, tolerance, pivot, claims [(key of the higher row, of the lower
-    row, words)]. Raises ScoreboardError: missing or unknown key, number without a template or the reverse,
-    unknown wildcard, or a claimed order that the published numbers themselves contradict.
+    decimals, experiment, metric, where, unit, stand_in ({metric, unit, maybe instrument} or None), tolerance, stated
+    (the tolerance as written), pivot, rest (parts of the path, without the pivot's wildcards), claims [(key of the
+    higher row, of the lower row, words)]. Raises ScoreboardError: missing or unknown key, number without a template or
+    the reverse, unknown wildcard, or a claimed order that the published numbers themselves contradict.
     """
     rows = []
     for section, content in published.items():
@@ -105,10 +110,13 @@ def _template(template: dict, where: str) -> dict:
     tolerance = template["tolerance"]
     if not (_is_number(tolerance) or re.fullmatch(r"\d+(\.\d+)?%", str(tolerance))):
         raise ScoreboardError(f"{where}: tolerance must be a number or a percentage, got {tolerance!r}")
+    _check_stand_in(template, where)
     parts = re.split(r"\{(\w+)\}", str(template["published"]))
-    texts = [template["metric"], *template.get("where", {}).values()]
+    texts = [template["metric"], *template.get("where", {}).values(), *template.get("stand_in", {}).values()]
     used = {name for text in texts for name in re.findall(r"\{(\w+)\}", str(text))}
-    if unknown := sorted({*used, *template.get("order", {}), *template.get("pivot", ())} - set(parts[1::2])):
+    pivot = template.get("pivot", [])
+    used |= {*template.get("order", {}), *(pivot[1:] if pivot[:1] == [PATH] else pivot)}
+    if unknown := sorted(used - set(parts[1::2])):
         raise ScoreboardError(f"{where}: 'published' has no wildcard {unknown[0]!r}")
     order = []
     for name, claims in template.get("order", {}).items():
@@ -121,22 +129,41 @@ def _template(template: dict, where: str) -> dict:
     return {**template, "name": where, "regex": re.compile(regex), "order": order}
 
 
+def _check_stand_in(template: dict, where: str) -> None:
+    """ScoreboardError unless the template's stand-in, if any, names a metric in a unit of its own."""
+    if "stand_in" not in template:
+        return
+    stand_in = template["stand_in"]
+    _require(stand_in, STAND_IN, f"{where}.stand_in")
+    if unknown := sorted(set(stand_in) - {*STAND_IN, "instrument"}):
+        raise ScoreboardError(f"{where}.stand_in: unknown key {unknown[0]!r}")
+    if stand_in["unit"] == template["unit"]:
+        raise ScoreboardError(f"{where}.stand_in: its unit must tell it from the metric's, both are "
+                              f"{template['unit']!r}")
+
+
 def _row(section: str, content: dict, key: str, number, templates: list[dict]) -> dict:
     matches = ((i, template, template["regex"].fullmatch(key)) for i, template in enumerate(templates))
     i, template, match = next((m for m in matches if m[2]), (None, None, None))
     if match is None:
         raise ScoreboardError(f"published.yml: {section}.{key}: no template of 'compare' matches this number")
     value, half_width = number if isinstance(number, list) else (number, None)
-    wildcards, tolerance = match.groupdict(), template["tolerance"]
+    wildcards, tolerance, pivot = match.groupdict(), template["tolerance"], tuple(template.get("pivot", ()))
+    rest = str(template["published"]).format(**wildcards | dict.fromkeys(pivot, ""))
     return {
         "section": section, "title": content["title"], "work": content["work"], "key": key,
         "wildcards": wildcards, "template": i, "source": template.get("source", content["source"]),
         "published": float(value), "half_width": half_width, "decimals": len(str(value).partition(".")[2]),
         "experiment": template["experiment"], "metric": template["metric"].format(**wildcards),
-        "where": {name: str(text).format(**wildcards) for name, text in template.get("where", {}).items()},
-        "unit": template["unit"], "pivot": tuple(template.get("pivot", ())), "claims": [],
+        "where": _filled(template.get("where", {}), wildcards), "unit": template["unit"],
+        "stand_in": _filled(template.get("stand_in", {}), wildcards) or None, "pivot": pivot,
+        "rest": tuple(part for part in rest.split(".") if part.strip("_")), "claims": [], "stated": str(tolerance),
         "tolerance": tolerance if _is_number(tolerance) else abs(value) * float(tolerance[:-1]) / 100,
     }
+
+
+def _filled(texts: dict, wildcards: dict) -> dict[str, str]:
+    return {name: str(text).format(**wildcards) for name, text in texts.items()}
 
 
 def _claim_orders(group: list[dict], template: dict) -> None:
@@ -150,8 +177,7 @@ def _claim_orders(group: list[dict], template: dict) -> None:
             if other is None or abs(other["published"] - row["published"]) <= template.get("resolution", 0):
                 continue
             if other["published"] > row["published"]:
-                raise ScoreboardError(f"published.yml: {row['section']}.{row['key']}: the published numbers "
-                                      f"contradict the claim {words!r}")
+                raise ScoreboardError(f"{_at(row)}: the published numbers contradict the claim {words!r}")
             for claimant in (row, other):
                 claimant["claims"].append((row["key"], other["key"], words))
 
@@ -160,10 +186,11 @@ def _claim_orders(group: list[dict], template: dict) -> None:
 def score(rows: list[dict], records: list[dict]) -> pd.DataFrame:
     """The rows beside what the records (parsed results.json files) obtained, judged; one line for each row.
 
-    Columns added: obtained, se, bar (what the error bar is), n, seeds (seed -> value), deviation (obtained -
-    published), size (full or reduced: ...), verdict, why, command, device, runs.
+    Columns added: obtained, by ("", or the stand-in's unit if `obtained` is of that), instrument, se, bar (what the
+    error bar is), n, seeds (seed -> value), deviation (obtained - published; none of a stand-in), size (full or
+    reduced: ...), verdict, why, command, device, runs.
     Raises ScoreboardError: a record without a key, metric or parameter that is asked for, a metric in another
-    unit, or records that differ in more than the seed where one setting is meant.
+    unit, or records that differ in more than the seed, or in how they measure, where one setting is meant.
     """
     for record in records:
         _require(record, RECORD, _name(record))
@@ -186,25 +213,31 @@ def _name(record: dict) -> str:
     return f"{path}/results.json"
 
 
+def _at(row: dict) -> str:
+    return f"published.yml: {row['section']}.{row['key']}"
+
+
 def _measure(row: dict, records: list[dict]) -> dict:
     """What the matching records say: of those closest to the published size, the newest one of each seed."""
     sizes = defaultdict(list)
     for record in sorted((r for r in records if _matches(row, r)), key=lambda r: r.get("date", "")):
         sizes[tuple(record["reduced"])].append(record)
     if not sizes:
-        return {"obtained": None, "se": None, "bar": "", "n": 0, "seeds": {}, "deviation": None, "size": "",
-                "command": "", "device": "", "runs": ()}
+        return {"obtained": None, "by": "", "instrument": None, "se": None, "bar": "", "n": 0, "seeds": {},
+                "deviation": None, "size": "", "command": "", "device": "", "runs": ()}
     reduced, found = min(sizes.items(), key=lambda item: (len(item[0]), -len(item[1])))
     _same_setting(row, found)
     chosen = list({record["seed"]: record for record in found}.values())
-    metrics = [_metric(row, record) for record in chosen]
+    by = _stand_in(row, chosen)
+    metrics = [_metric(row, record, by) for record in chosen]
     values = [metric["value"] for metric in metrics]
     se, n = metrics[0]["se"], metrics[0]["n"]
     bar = "one run, no error bar" if se is None else f"s.e. over the {n:,} items of one run"
     if len(values) > 1:
         se, n, bar = stdev(values) / math.sqrt(len(values)), len(values), f"s.e. over {len(values)} seeds"
     return {
-        "obtained": mean(values), "se": se, "bar": bar, "n": n, "deviation": mean(values) - row["published"],
+        "obtained": mean(values), "se": se, "bar": bar, "n": n, "by": by["unit"] if by else "",
+        "instrument": _instrument(row, chosen, by), "deviation": None if by else mean(values) - row["published"],
         "seeds": {record["seed"]: value for record, value in zip(chosen, values, strict=True)},
         "size": f"reduced: {'; '.join(reduced)}" if reduced else "full",
         "command": "\n".join(record["command"] for record in chosen), "runs": tuple(map(_name, chosen)),
@@ -218,8 +251,7 @@ def _matches(row: dict, record: dict) -> bool:
     for name in row["where"]:
         if name not in record["parameters"]:
             names = ", ".join(sorted(record["parameters"]))
-            raise ScoreboardError(f"published.yml: {row['section']}.{row['key']}: 'where' names {name!r}, "
-                                  f"not a parameter of {_name(record)}: {names}")
+            raise ScoreboardError(f"{_at(row)}: 'where' names {name!r}, not a parameter of {_name(record)}: {names}")
     return all(_same(record["parameters"][name], text) for name, text in row["where"].items())
 
 
@@ -229,8 +261,8 @@ def _same_setting(row: dict, records: list[dict]) -> None:
     for record in records[1:]:
         for name, value in record["parameters"].items():
             if name not in ("seed", *HOUSEKEEPING) and value != first["parameters"].get(name):
-                raise ScoreboardError(f"published.yml: {row['section']}.{row['key']}: {_name(first)} and "
-                                      f"{_name(record)} differ in {name}: name it under 'where'")
+                raise ScoreboardError(f"{_at(row)}: {_name(first)} and {_name(record)} differ in {name}: name it under "
+                                      "'where'")
 
 
 def _same(value, text: str) -> bool:
@@ -240,43 +272,90 @@ def _same(value, text: str) -> bool:
         return False
 
 
-def _metric(row: dict, record: dict) -> dict:
-    name, asked = row["metric"], f"{row['section']}.{row['key']} of published.yml"
-    if name not in record["metrics"]:
-        raise ScoreboardError(f"{_name(record)}: no metric {name!r}, which {asked} asks for; there are "
-                              f"{', '.join(sorted(record['metrics']))}")
-    metric = record["metrics"][name]
-    _require(metric, METRIC, f"{_name(record)}: metric {name!r}")
-    if metric["unit"] != row["unit"] or not _is_number(metric["value"]):
+def _stand_in(row: dict, records: list[dict]) -> dict | None:
+    """None if the row's own metric was measured, else its stand-in. ScoreboardError if only some records have it."""
+    own = [record for record in records if row["metric"] in record["metrics"]]
+    if own and len(own) < len(records):
+        other = next(record for record in records if record not in own)
+        raise ScoreboardError(f"{_at(row)}: {_name(own[0])} has {row['metric']!r} and {_name(other)} has not: record "
+                              "that one again with it, or remove it")
+    return None if own else row["stand_in"]
+
+
+def _instrument(row: dict, records: list[dict], by: dict | None) -> float | None:
+    """The value of the metric that tells the stand-in's instruments apart. ScoreboardError unless it is one."""
+    if not by or "instrument" not in by:
+        return None
+    values = {_of(record, by["instrument"], row)["value"]: _name(record) for record in reversed(records)}
+    if len(values) > 1:
+        one, other = sorted(values.values())[:2]
+        raise ScoreboardError(f"{_at(row)}: {one} and {other} differ in {by['instrument']}, so their {by['unit']} are "
+                              "not on one scale: record them again on one machine")
+    return next(iter(values))
+
+
+def _metric(row: dict, record: dict, by: dict | None) -> dict:
+    """What the record holds for the row, or `by` its stand-in."""
+    name, unit = (by["metric"], by["unit"]) if by else (row["metric"], row["unit"])
+    metric = _of(record, name, row)
+    if metric["unit"] != unit or not _is_number(metric["value"]):
         raise ScoreboardError(f"{_name(record)}: metric {name!r} is {metric['value']} in {metric['unit']!r}, "
-                              f"{asked} asks for a number in {row['unit']!r}")
+                              f"{_asker(row)} asks for a number in {unit!r}")
     return metric
 
 
+def _asker(row: dict) -> str:
+    return f"{row['section']}.{row['key']} of published.yml"
+
+
+def _of(record: dict, name: str, row: dict) -> dict:
+    """The record's metric of that name, for the row."""
+    if name not in record["metrics"]:
+        raise ScoreboardError(f"{_name(record)}: no metric {name!r}, which {_asker(row)} asks for; there are "
+                              f"{', '.join(sorted(record['metrics']))}")
+    _require(record["metrics"][name], METRIC, f"{_name(record)}: metric {name!r}")
+    return record["metrics"][name]
+
+
+# ------------------------------------------------------------------------------------------ verdicts
 def _judge(row: dict, by_key: dict) -> tuple[str, str]:
     """(verdict, one short phrase why)."""
     if row["obtained"] is None:
         return "not run", "no recorded run"
-    full, off = row["size"] == "full", f"off by {abs(row['deviation']):.3g}"
-    if full:
+    holds, fails, open_ = orders = _orders(row, by_key)
+    if row["by"]:
+        verdict, why = _direction(*orders, row["size"]) if any(orders) else ("not run", "no order to check")
+        return verdict, f"by {row['by']}, which is not comparable with {row['unit']}: {why}"
+    off = f"off by {abs(row['deviation']):.3g}"
+    if row["size"] == "full":
         off += f", tolerance {row['tolerance']:.3g}"
-    within = full and abs(row["deviation"]) <= row["tolerance"]
+        if abs(row["deviation"]) <= row["tolerance"] and not fails and not open_:
+            return "reproduced", off
+    verdict, why = _direction(*orders, row["size"])
+    return verdict, f"{why}; {off}" if why else off
+
+
+def _orders(row: dict, by_key: dict) -> tuple[list[str], list[str], list[str]]:
+    """The row's claims that (hold, fail, are open), of those whose two sides were measured alike at the same size."""
     holds, fails, open_ = [], [], []
     for high, low, words in row["claims"]:
         high, low = by_key[row["section"], high], by_key[row["section"], low]
-        if high["size"] == low["size"]:
+        if all(high[name] == low[name] for name in ("size", "by", "instrument")):
             difference, error = _difference(high, low)
             (holds if difference > 2 * error else fails if difference <= -2 * error else open_).append(words)
-    if within and not fails and not open_:
-        return "reproduced", off
+    return holds, fails, open_
+
+
+def _direction(holds: list[str], fails: list[str], open_: list[str], size: str) -> tuple[str, str]:
+    """(verdict, why) by the claims alone."""
+    without = "not reproduced" if size == "full" else "not run"
     if fails:
-        return "not reproduced", f"{', '.join(fails)} does not hold; {off}"
+        return "not reproduced", f"{', '.join(fails)} does not hold"
     if open_:
-        verdict = "not reproduced" if full else "not run"
-        return verdict, f"{', '.join(open_)} is within two standard errors of no difference; {off}"
+        return without, f"{', '.join(open_)} is within two standard errors of no difference"
     if holds:
-        return "direction holds", f"{', '.join(holds)}; {off}"
-    return ("not reproduced", off) if full else ("not run", f"only at reduced size, no order to check; {off}")
+        return "direction holds", ", ".join(holds)
+    return without, "" if size == "full" else "only at reduced size, no order to check"
 
 
 def _difference(high: dict, low: dict) -> tuple[float, float]:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib import inception
 from lib.classifier import Classifier, cfd, load_or_train, moments
-from lib.data import Dataset
+from lib.data import Dataset, fetch
 from lib.evaluate import estimate, exact, fid, fid_moments
 from lib.hvae import CHAIN, ENCODERS, GAUSSIAN, HVAE, Tanh, build, initialise
 from lib.stochastic import bernoulli_entropy, bernoulli_kl, zgr, zgr_at
@@ -267,8 +268,13 @@ def split(data: Dataset, held_out: bool) -> tuple[Tensor, Tensor]:
     return (torch.cat([data.train, data.test]),) * 2
 
 
-def judge(data: Dataset, device: torch.device) -> Classifier:
-    """The data set's classifier, whose features the CFD compares: of binarised images unless the model is Gaussian."""
+def judge(data: Dataset, device: torch.device, with_fid: bool = False) -> Classifier:
+    """The data set's classifier, whose features the CFD compares: of binarised images unless the model is Gaussian.
+
+    with_fid: also see to it, before anything is trained, that the FID's weights are here; DataError if not.
+    """
+    if with_fid and not inception.available():
+        fetch("inception")
     return load_or_train(data, None if data.name in GAUSSIAN else THRESHOLD, device=device)
 
 
@@ -330,7 +336,8 @@ def zgr_bias(encoder: str, data: Tensor, seed: int, steps: tuple[int, ...] = (0,
     small = F.adaptive_avg_pool2d(data[:2000].float(), 4).round().to(torch.uint8)
     trunk = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), Tanh())
     decoder = nn.Sequential(nn.Linear(4, 16), Tanh(), nn.Linear(16, 16), nn.Unflatten(1, (1, 4, 4)))
-    model = initialise(HVAE(encoder, (4, 4), trunk, 16, decoder, image=(1, 4, 4)), generator(seed, use="weights"))
+    model = HVAE(encoder, (4, 4), trunk, 16, decoder, image=(1, 4, 4), hidden=32)
+    initialise(model, generator(seed, use="weights"))
     step, state = training(model, generator(seed), "elbo", lr=3e-3)
     batches, rows, done = Shuffled(small, 64, seed), [], 0
     for upto in steps:

@@ -15,17 +15,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lib import autoencoders, data, train
+from lib import autoencoders, data, hvae, symmetric, train
 
 STEPS, KILLS = 100, 6
-KINDS = {"vae": ["vae"], "aae": ["aae"], "replicas": ["vae", "vae"]}       # what is trained, together
+KINDS = {"vae": ["vae"], "aae": ["aae"], "symmetric": ["symmetric"],
+         "replicas": ["vae", "vae"]}                                       # what is trained, together
 
 
 def replica(kind: str, seed: int, folder: Path) -> dict:
     """The arguments of `train.fit` for one small model."""
-    model = autoencoders.Autoencoder(kind, (1, 32), dim=4).initialise(train.generator(seed))
-    step, state = autoencoders.training(model, train.generator(seed + 1), learn_sigma=kind == "vae")
-    batches = train.Shuffled(data.load("digits", size=32).train, 16, seed + 2)
+    if kind == "symmetric":                                # two players, two optimizers, running statistics, a chain
+        model = hvae.initialise(hvae.build("digits", "ladder", (5, 9), 2, 20), train.generator(seed))
+        step, state = symmetric.training(model, train.generator(seed + 1), "symmetric", 1e-3)
+    else:
+        model = autoencoders.Autoencoder(kind, (1, 32), dim=4).initialise(train.generator(seed))
+        step, state = autoencoders.training(model, train.generator(seed + 1), learn_sigma=kind == "vae")
+    images = data.load("digits", size=28 if kind == "symmetric" else 32).train
+    batches = train.Shuffled(images, 16, seed + 2)
     return {"step": step, "batches": batches, "state": state, "config": {"kind": kind, "seed": seed}, "folder": folder}
 
 

@@ -16,7 +16,7 @@ from killed_training import meta
 from safetensors.torch import load_file
 from torch import nn
 
-from lib import autoencoders, train
+from lib import autoencoders, data, hvae, symmetric, train
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 OPTIONS = {"steps": 63, "log_every": 20, "checkpoint_every": 20, "numerics": "fp32"}
@@ -276,3 +276,42 @@ def test_not_a_number_in_a_replay_is_named_with_its_step(device):
         return found | {"loss": found["loss"].masked_fill(steps == 34, float("nan"))}
     with pytest.raises(train.TrainError, match="loss became nan at step 34; no checkpoint was written before"):
         train.fit(**one | {"step": spoilt}, **OPTIONS)
+
+
+# ------------------------------------------------------------------------------------------------ symmetric learning
+def binary(device, encoder, learning, seed=1, width=2, hidden=20, bits=(5, 9), batch=16, lr=1e-3):
+    """The arguments of `fit` for the HVAE of symmetric learning on the embedded digits."""
+    model = hvae.build("digits", encoder, bits, width, hidden)
+    hvae.initialise(model, train.generator(seed, use="weights")).to(device)
+    step, state = symmetric.training(model, train.generator(seed, device), learning, lr)
+    images = data.load("digits", size=28).train.to(device)
+    return {"step": step, "batches": train.Shuffled(images, batch, seed), "state": state, "config": {}}
+
+
+@pytest.mark.parametrize("encoder", hvae.ENCODERS)
+@pytest.mark.parametrize("learning", symmetric.LEARNING)
+def test_replays_of_symmetric_learning_are_its_eager_steps(device, encoder, learning):
+    """Both optimizers, the running statistics and the chain of images included."""
+    one, other = (binary(device, encoder, learning) for _ in range(2))
+    histories = [train.fit(**each, steps=23, log_every=10, numerics="fp32", graph=graph)
+                 for each, graph in ((one, True), (other, False))]
+    assert histories[0] == histories[1]
+    own, eager = (each["state"]["model"].state_dict() for each in (one, other))
+    assert all(torch.equal(own[name], eager[name]) for name in eager)
+
+
+@GPU
+@pytest.mark.parametrize("encoder", hvae.ENCODERS)
+@pytest.mark.parametrize("learning", symmetric.LEARNING)
+def test_cpu_and_cuda_agree_on_the_first_step_and_in_distribution_on_the_next_500(encoder, learning):
+    """The noise differs, so at step 1 only what hardly depends on it agrees closely; losses are of 64 images."""
+    histories = []
+    for place in ("cpu", "cuda"):
+        one = binary(place, encoder, learning, width=8, hidden=600, bits=(30, 100), batch=64, lr=3e-4)
+        histories.append(train.fit(**one, steps=500, log_every=1, numerics="fp32"))
+    cpu, cuda = histories
+    assert cuda["loss"][0] == pytest.approx(cpu["loss"][0], rel=0.01)
+    for name in set(cpu) - {"step"}:
+        late = [torch.tensor(history[name][-100:]) for history in histories]
+        apart, noise = (late[0].mean() - late[1].mean()).abs(), torch.cat(late).std()
+        assert apart < max(0.03 * late[0].mean().abs(), 3 * noise), name

@@ -109,6 +109,8 @@ def test_some_rows_as_they_are_published():
     assert row["published"] == 43.6204
     assert row["metric"] == "fid_random_code"
     assert row["where"]["dataset"] == "fashionmnist"
+    assert row["stand_in"] == {"metric": "cfd_random_code", "unit": "CFD", "instrument": "classifier_accuracy"}
+    assert found["symmetric_learning", "fid.mnist_reverse.elbo.limiting"]["stand_in"]["metric"] == "cfd_limiting"
     row = found["vampprior_likelihood", "replication.dynamic_mnist.convhvae_vamp"]
     assert (row["published"], row["half_width"], row["decimals"]) == (-79.67, 0.09, 2)
     assert row["source"] == "replication"
@@ -241,6 +243,12 @@ def test_the_full_size_and_the_newest_run_of_a_seed_count():
             {"order": {"stage": "before > after"}},
             "the published numbers contradict the claim 'before > after'",
         ),
+        ({"stand_in": "cfd"}, "toy.compare[0].stand_in: expected keys and values, got 'cfd'"),
+        ({"stand_in": {"metric": "cfd"}}, "toy.compare[0].stand_in: missing key 'unit'"),
+        ({"stand_in": {"metric": "cfd", "unit": "CFD", "by": 1}}, "toy.compare[0].stand_in: unknown key 'by'"),
+        ({"stand_in": {"metric": "cfd", "unit": "nats"}}, "unit must tell it from the metric's, both are 'nats'"),
+        ({"stand_in": {"metric": "cfd_{when}", "unit": "CFD"}}, "'published' has no wildcard 'when'"),
+        ({"pivot": ["stage", "path"]}, "'published' has no wildcard 'path'"),
     ],
 )
 def test_a_malformed_template_is_named(changes, message):

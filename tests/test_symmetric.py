@@ -19,7 +19,7 @@ def tiny(encoder, gaussian=False, seed=1):
     """A float64 HVAE of 2 + 2 bits on 2x2 images whose encoder and decoder have something to say."""
     trunk = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.Tanh())
     decoder = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2)))
-    model = hvae.HVAE(encoder, BITS, trunk, 5, decoder, gaussian, (1, 2, 2))
+    model = hvae.HVAE(encoder, BITS, trunk, 5, decoder, gaussian, (1, 2, 2), hidden=20)
     hvae.initialise(model, train.generator(seed))
     with torch.no_grad():
         for parameter in [*model.encoder.parameters(), *model.decoder.parameters()]:
@@ -31,7 +31,7 @@ def tiny(encoder, gaussian=False, seed=1):
 
 def make(encoder="ladder", learning="symmetric", dataset="digits", width=4, lr=1e-3, seed=1):
     """A narrow model of the work with its step and state."""
-    model = hvae.initialise(hvae.build(dataset, encoder, (5, 9), width), train.generator(seed))
+    model = hvae.initialise(hvae.build(dataset, encoder, (5, 9), width, 60), train.generator(seed))
     step, state = symmetric.training(model, train.generator(seed + 1), learning, lr)
     return model, step, state
 
@@ -238,7 +238,7 @@ def test_initial_weights_are_pytorchs_and_depend_on_the_generator_only():
     model, again = (make(seed=3)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     torch.manual_seed(0)
-    for name, parameter in hvae.build("digits", "ladder", (5, 9), 4).named_parameters():    # PyTorch's own
+    for name, parameter in hvae.build("digits", "ladder", (5, 9), 4, 60).named_parameters():    # PyTorch's own
         own = model.get_parameter(name)
         assert own.numel() < 100 or own.std().item() == pytest.approx(parameter.std().item(), rel=0.15), name
 
@@ -248,7 +248,7 @@ def test_initial_weights_are_pytorchs_and_depend_on_the_generator_only():
 def test_the_symmetric_step_is_two_adam_steps_on_the_two_likelihoods(encoder):
     """Replayed with the same noise by plain autograd and an unfused Adam, nothing shared, nothing reused."""
     model, step, _ = make(encoder)
-    plain = hvae.build("digits", encoder, (5, 9), 4)
+    plain = hvae.build("digits", encoder, (5, 9), 4, 60)
     plain.load_state_dict(model.state_dict())
     noise, batch = train.generator(2), DIGITS.train[:8]
     metrics = step(batch)
