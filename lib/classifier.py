@@ -210,8 +210,9 @@ def cfd(net: Classifier, images_a: Tensor | Iterable[Tensor] | Moments, images_b
         debias: bool = False) -> dict:
     """Classifier Frechet distance as a metric: images uint8 [N, C, S, S], chunks of them, or their `moments`.
 
-    Comparable only between sets seen by the same `net` (`net.recipe["weights"]`), and never with a FID. se and debias:
-    see `evaluate.frechet`. Raises ValueError: other images, fewer than two.
+    Comparable only between sets seen by the same `net` (`net.recipe["weights"]`), and never with a FID: a net of
+    another seed may give half as much again, many times the se, which is of the images alone. se and debias: see
+    `evaluate.frechet`. Raises ValueError: other images, fewer than two.
     """
     sets = [x if isinstance(x, Moments) else moments(net, x) for x in (images_a, images_b)]
     return evaluate.frechet(*sets, unit="CFD", debias=debias)

@@ -181,8 +181,9 @@ def frechet(features_a: Tensor | Iterable[Tensor] | Moments, features_b: Tensor 
 
     The distance is computed anew without each block, of a and of b in turn; the spread gives the standard error and
     the mean shift the bias of order 1/n, which `debias` subtracts (the value can then be negative). Delete-a-group
-    jackknife of Busing, Meijer and van der Leeden 1999. Moments of a single block count as known exactly. n is the
-    smaller set's; se None if a block holds all rows but one. Trust neither se nor debiased value unless n >> d.
+    jackknife of Busing, Meijer and van der Leeden 1999; too large, by up to 2 where the distributions are equal.
+    Moments of a single block count as known exactly. n is the smaller set's; se None if all rows but a block's are
+    fewer than two, or both sets are known. Trust neither se nor debiased value unless n >> d.
     """
     a, b = _pair(features_a, features_b, blocks)
     whole_a, whole_b = _gaussian(a), _gaussian(b)

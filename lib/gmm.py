@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lib.data import Dataset
 from lib.evaluate import estimate, exact
+from lib.train import adam
 
 CENTRES = ((1.0, 1.0), (1.0, -1.0), (0.0, 0.0), (-1.0, 0.0))
 CODES = ((0, 0), (0, 1), (1, 0), (1, 1))                  # CODES[k]: the two bits of state k
@@ -178,7 +179,7 @@ def build_step(encoder: nn.Module, decoder: Decoder, *, lr: float, joint: bool):
     """
     decoder.requires_grad_(joint)
     parameters = [*encoder.parameters(), *(decoder.parameters() if joint else ())]
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=parameters[0].is_cuda)
+    optimizer = adam(parameters, lr)
 
     def step(x: Tensor) -> dict[str, Tensor]:
         log_pxz = decoder(x)

@@ -403,6 +403,62 @@ def test_pictures_become_bytes_as_in_a_file():
     assert symmetric.as_bytes(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
 
 
+# ------------------------------------------------------------------------------------------------ the notebook's pieces
+PARAMETERS = {"dataset": "digits", "encoder": "reverse", "learning": "symmetric", "z0_bits": 5, "z1_bits": 9,
+              "width": 2, "batch_size": 16, "lr": 1e-3, "held_out": True, "seed": 3, "precision": "tf32",
+              "compiled": False}
+
+
+def test_held_out_images_are_neither_learnt_from_nor_missing():
+    learnt, compared = symmetric.split(DIGITS, True)
+    assert learnt is DIGITS.train and compared is DIGITS.test
+    learnt, compared = symmetric.split(DIGITS, False)
+    assert len(learnt) == 1797 and torch.equal(learnt, compared)
+
+
+def test_a_replica_is_what_its_parameters_say():
+    one, again, other = (symmetric.replica(PARAMETERS | {"seed": seed}, DIGITS.train, torch.device("cpu"))
+                         for seed in (3, 3, 4))
+    assert set(one["config"]) == set(symmetric.LEARNT_FROM) and one["config"]["seed"] == 3
+    histories = train.fit_together([one, other], steps=4, log_every=2)
+    assert histories[0] == train.fit(**again, steps=4, log_every=2) and histories[0] != histories[1]
+
+
+def test_a_compiled_model_is_the_same_model():
+    """Whether a compiler is there is not this test's matter: `eager` compiles to the same calls."""
+    one, other = (symmetric.replica(PARAMETERS, DIGITS.train, torch.device("cpu")) for _ in range(2))
+    for part in (one["state"]["model"].encoder.trunk, one["state"]["model"].decoder):
+        part.compile(backend="eager")
+    histories = [train.fit(**each, steps=3, log_every=1) for each in (one, other)]
+    assert histories[0]["loss"] == pytest.approx(histories[1]["loss"], rel=1e-5)
+    assert list(one["state"]["model"].state_dict()) == list(other["state"]["model"].state_dict())
+
+
+def test_measuring_gives_every_metric_of_the_tables_and_a_perfect_generator_has_the_distance_of_a_sample(monkeypatch):
+    judge = symmetric.judge(DIGITS, torch.device("cpu"))
+    assert judge.threshold == symmetric.THRESHOLD
+    model = symmetric.replica(PARAMETERS, DIGITS.train, torch.device("cpu"))["state"]["model"]
+    metrics, pictures, told = symmetric.measure(model, DIGITS, DIGITS.test, judge, 100, 2, train.generator(1))
+    assert set(metrics) == {*symmetric.METRICS, "cfd_after_0", "cfd_after_1"} - {"fid_random_code", "fid_limiting"}
+    assert {name: p.shape for name, p in pictures.items()} == {
+        "data": (360, 1, 28, 28), "random_code": (100, 1, 28, 28), "limiting": (100, 1, 28, 28)}
+    assert set(pictures["data"].unique().tolist()) == {0, 255}
+    assert {name: len(mi) for name, mi in told.items()} == {"p_z1": 9, "q_z0": 5, "q_z1": 9}
+    same = DIGITS.test[torch.randperm(360, generator=train.generator(2))] / 255
+    monkeypatch.setattr(symmetric, "random_code", lambda *_: same)
+    perfect = symmetric.measure(model, DIGITS, DIGITS.test, judge, 100, 2, train.generator(1))[0]
+    assert abs(perfect["cfd_random_code"]["value"]) < 1e-6 < metrics["cfd_random_code"]["value"]
+
+
+def test_the_way_to_the_limiting_distribution_is_looked_at_more_often_at_its_start():
+    assert symmetric.milestones(20) == [0, 1, 2, 5, 10, 20] and symmetric.milestones(1000)[-2:] == [500, 1000]
+    metric = {"value": 1.0, "se": 0.1, "n": 2, "unit": "CFD"}
+    own = {"dataset": "mnist", "encoder": "ladder", "learning": "elbo", "held_out": True, "sweeps": 20}
+    found = {"cfd_after_0": metric, "cfd_limiting": metric | {"value": 2.0}, "elbo": metric}
+    curves = symmetric.sweeps_of([{"parameters": own, "metrics": found}])
+    assert curves == {"mnist, ladder, elbo, held out": {0: metric, 20: metric | {"value": 2.0}}}
+
+
 # ------------------------------------------------------------------------------------------------ complaints
 @pytest.mark.parametrize(("call", "says"), [
     (lambda: hvae.build("mnist", "ladders"), "unknown encoder 'ladders': use ladder or reverse"),
