@@ -305,9 +305,9 @@ def _digest(images: Tensor) -> str:
 
 
 def listing() -> list[dict[str, str]]:
-    """One row per data set for `python -m lib data`: name, what, where, size, checksum, licence, how to get it."""
+    """One row per data set, and for the weights, for `python -m lib data`: what, where, size, checksum, licence, ..."""
     rows = []
-    for name, source in SOURCES.items():
+    for name, source in (SOURCES | WEIGHTS).items():
         folder = find(name)
         state = "embedded" if not source.files else "missing"
         if folder:

@@ -135,18 +135,29 @@ def bit_information(layers: dict[str, Tensor], title: str = "") -> Figure:
     return fig
 
 
-def by_sweeps(curves: dict[str, dict[int, dict]], ylabel: str, title: str = "") -> Figure:
-    """A metric {"value", "se"} against the number of sweeps, a line with ±2 standard errors per name in curves."""
+def by_sweeps(curves: dict[str, dict[int, dict]], ylabel: str, title: str = "", dashed: str = "") -> Figure:
+    """A metric {"value", "se"} against the number of sweeps, a line with ±2 standard errors per name in curves.
+
+    Names that contain `dashed` are dashed; the vertical axis is logarithmic if the values spread over a factor of ten.
+    """
     fig, ax = plt.subplots(figsize=(WIDTH, 3.0))
     for i, (name, found) in enumerate(curves.items()):
         sweeps = sorted(found)
         value = np.array([found[k]["value"] for k in sweeps])
         error = 2 * np.array([found[k]["se"] or 0.0 for k in sweeps])
-        colour = PALETTE[i % len(PALETTE)]
-        ax.plot(sweeps, value, color=colour, marker=MARKERS[i], markersize=4, label=name)
-        ax.fill_between(sweeps, value - error, value + error, color=colour, alpha=0.2, linewidth=0)
-    ax.set(xlabel="encode-decode sweeps", ylabel=ylabel, ylim=(0, None), title=title)
+        style = "--" if dashed and dashed in name else "-"
+        ax.plot(sweeps, value, style, color=PALETTE[i % len(PALETTE)], marker=MARKERS[i], markersize=4, label=name)
+        ax.fill_between(sweeps, value - error, value + error, color=PALETTE[i % len(PALETTE)], alpha=0.2, linewidth=0)
+    values = [metric["value"] for found in curves.values() for metric in found.values()] or [1.0]
+    if min(values) > 0 and max(values) / min(values) > 10:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(0, None)
+    ticks = sorted({k for found in curves.values() for k in found})
     ax.set_xscale("symlog", linthresh=1)
+    ax.set(xlabel="encode-decode sweeps", ylabel=ylabel, title=title, xlim=(-0.1, None), xticks=ticks,
+           xticklabels=[str(k) for k in ticks])
+    ax.minorticks_off()
     if len(curves) > 1:
         fig.legend(loc="outside right center")
     return fig
