@@ -1,6 +1,6 @@
 # The book's commands; `make` alone lists them. Needs git, make and Python 3.11 or newer, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help setup report test test-ui refresh lab lock clean
+.PHONY: help setup report test test-ui bench refresh lab lock clean
 unexport PYTHONDONTWRITEBYTECODE
 unexport MPLBACKEND
 # the first: without .pyc files every kernel compiles torch anew; the second: kernels inherit it and draw no figure
@@ -25,6 +25,9 @@ test: setup  ## ruff, the unit tests, and the notebooks against their stored out
 
 test-ui: setup  ## the book and JupyterLab in headless Chromium
 	$(PY) -m pytest -m ui tests
+
+bench: setup  ## train.fit beside a plain PyTorch loop, a table for each work (five minutes of a quiet machine)
+	$(PY) -m benchmarks
 
 refresh: setup  ## renew the outputs that are committed with the notebooks
 	@$(PY) -m lib refresh
