@@ -146,7 +146,8 @@ def by_sweeps(curves: dict[str, dict[int, dict]], ylabel: str, title: str = "", 
         value = np.array([found[k]["value"] for k in sweeps])
         error = 2 * np.array([found[k]["se"] or 0.0 for k in sweeps])
         style = "--" if dashed and dashed in name else "-"
-        ax.plot(sweeps, value, style, color=PALETTE[i % len(PALETTE)], marker=MARKERS[i], markersize=4, label=name)
+        ax.plot(sweeps, value, style, color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)],
+                markersize=4, label=name)
         ax.fill_between(sweeps, value - error, value + error, color=PALETTE[i % len(PALETTE)], alpha=0.2, linewidth=0)
     values = [metric["value"] for found in curves.values() for metric in found.values()] or [1.0]
     if min(values) > 0 and max(values) / min(values) > 10:
@@ -155,7 +156,7 @@ def by_sweeps(curves: dict[str, dict[int, dict]], ylabel: str, title: str = "", 
         ax.set_ylim(0, None)
     ticks = sorted({k for found in curves.values() for k in found})
     ax.set_xscale("symlog", linthresh=1)
-    ax.set(xlabel="encode-decode sweeps", ylabel=ylabel, title=title, xlim=(-0.1, None), xticks=ticks,
+    ax.set(xlabel="encode-decode sweeps (and one more)", ylabel=ylabel, title=title, xlim=(-0.1, None), xticks=ticks,
            xticklabels=[str(k) for k in ticks])
     ax.minorticks_off()
     if len(curves) > 1:

@@ -203,10 +203,11 @@ class Run:
         if f"{name}.png" not in self.figures:            # a cell may run again
             self.figures.append(f"{name}.png")
 
-    def save(self, metrics: dict, dataset=None, history: dict | None = None) -> dict:
+    def save(self, metrics: dict, dataset=None, history: dict | None = None, **more) -> dict:
         """Write results.json (atomically, last) and glue each metric's value under its name; returns the record.
 
-        metrics: name -> {"value", "se", "n", "unit"} (evaluate.estimate, evaluate.exact); dataset: data.Dataset.
+        metrics: name -> {"value", "se", "n", "unit"} (evaluate.estimate, evaluate.exact); dataset: data.Dataset; more:
+        whatever else the numbers depend on, JSON-able, e.g. the recipe of a classifier.
         Raises RunError if a metric is not such a thing or not finite, or the folder cannot be written.
         """
         for name, metric in metrics.items():
@@ -224,7 +225,7 @@ class Run:
             "wall_time_s": round(time.time() - self.started, 1), "peak_memory_mb": peak_memory_mb(),
             "figures": self.figures,
             "date": datetime.datetime.fromtimestamp(self.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "history": history or {}}
+            "history": history or {}, **more}
         pending = os.environ.get("VAEBOOK_RUN") and not self.added             # `lib run` renames it last
         file = "results.json.pending" if pending else "results.json"
         try:

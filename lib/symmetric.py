@@ -5,20 +5,19 @@ x: images [B, 1, S, S]; z = (z0, z1): bits [B, n0] and [B, n1] (lib/hvae.py). On
     elbo       -E_q log p(x|z1) + KL(q(z|x) || p(z)), gradients through the bits by ZGR, one Adam
 """
 import math
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib import inception
 from lib.classifier import Classifier, cfd, load_or_train, moments
-from lib.data import Dataset, fetch
+from lib.data import Dataset
 from lib.evaluate import estimate, exact, fid, fid_moments
-from lib.hvae import CHAIN, ENCODERS, GAUSSIAN, HVAE, Tanh, build, initialise
-from lib.stochastic import bernoulli_entropy, bernoulli_kl, zgr, zgr_at
-from lib.train import Shuffled, adam, generator, precision
+from lib.hvae import CHAIN, ENCODERS, GAUSSIAN, HVAE, build, initialise
+from lib.stochastic import bernoulli_entropy, bernoulli_kl, zgr
+from lib.train import PRECISIONS, Shuffled, adam, generator, precision
 
 LEARNING = ("symmetric", "elbo")
 THRESHOLD = 0.4375                                           # of the binarisation, as in the work
@@ -191,7 +190,8 @@ def sweep(model: HVAE, x: Tensor, generator: torch.Generator) -> Tensor:
 def random_code(model: HVAE, n: int, generator: torch.Generator, hard: bool = True) -> Tensor:
     """n images [n, 1, S, S] in [0, 1] from random codes: z0 uniform, z1 ~ p(.|z0), the decoder's `picture`."""
     with precision("fp32", model.chain.device):
-        parts = [model.picture(model.decode(model.draw_z(size, generator)[1]), hard) for size in _sizes(n)]
+        parts = [model.picture(model.decode(model.draw_z(size, generator)[1]), hard)
+                 for size in _sizes(n, generator.device)]
     return torch.cat(parts)
 
 
@@ -206,7 +206,7 @@ def limiting(model: HVAE, n: int, sweeps: list[int], generator: torch.Generator,
         raise ValueError(f"give at least one number of sweeps, none negative, got {sweeps}")
     found = {k: [] for k in sorted(set(sweeps))}
     with precision("fp32", model.chain.device):
-        for size in _sizes(n):
+        for size in _sizes(n, generator.device):
             x = _start(model, size, generator)
             for k in range(max(sweeps) + 1):
                 output = model.decode(model.draw_q(model.encoder(x), generator)[1])
@@ -222,7 +222,8 @@ def _start(model: HVAE, n: int, generator: torch.Generator) -> Tensor:
     return torch.empty(n, *model.chain.shape[1:], device=model.chain.device).bernoulli_(0.5, generator=generator)
 
 
-def _sizes(n: int, size: int = 500) -> list[int]:
+def _sizes(n: int, device: torch.device) -> list[int]:
+    size = 10_000 if device.type == "cuda" else 500
     return [size] * (n // size) + [n % size] * (n % size > 0)
 
 
@@ -268,23 +269,47 @@ def split(data: Dataset, held_out: bool) -> tuple[Tensor, Tensor]:
     return (torch.cat([data.train, data.test]),) * 2
 
 
+def check(parameters: dict, image: Tensor) -> None:
+    """Raise ValueError, before any work is done, on a value of the notebook's parameters that must fail later.
+
+    image: one image of the data set, [1, 28, 28].
+    """
+    if tuple(image.shape) != (1, 28, 28):
+        raise ValueError(f"the networks are for grey images of 28x28 pixels, {parameters['dataset']} has "
+                         f"{' x '.join(map(str, image.shape))}: use mnist, fashionmnist or digits")
+    for name, known in (("encoder", ENCODERS), ("learning", LEARNING), ("precision", PRECISIONS)):
+        if parameters[name] not in known:
+            raise ValueError(f"unknown {name} {parameters[name]!r}: use {', '.join(known)}")
+    for name, least in (("z0_bits", 1), ("z1_bits", 1), ("width", 1), ("steps", 0), ("batch_size", 1), ("log_every", 0),
+                        ("n_generated", 2), ("sweeps", 0), ("replicas", 1)):
+        if parameters[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {parameters[name]}")
+    if parameters["lr"] <= 0:
+        raise ValueError(f"the learning rate must be positive, got {parameters['lr']}")
+
+
 def judge(data: Dataset, device: torch.device, with_fid: bool = False) -> Classifier:
     """The data set's classifier, whose features the CFD compares: of binarised images unless the model is Gaussian.
 
-    with_fid: also see to it, before anything is trained, that the FID's weights are here; DataError if not.
+    with_fid: also see to it, before anything is trained, that the FID's weights are here and sound; DataError if not.
     """
-    if with_fid and not inception.available():
-        fetch("inception")
+    if with_fid:
+        inception.load("cpu")
     return load_or_train(data, None if data.name in GAUSSIAN else THRESHOLD, device=device)
 
 
-def measure(model: HVAE, data: Dataset, reference: Tensor, net: Classifier, n: int, sweeps: int,
-            generator: torch.Generator, with_fid: bool = False) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """(metrics, images uint8 [n, 1, S, S] "data", "random_code", "limiting", bits' information) of one model.
+def known(reference: Tensor, data: Dataset, net: Classifier, device: torch.device, with_fid: bool = False) -> dict:
+    """What generated images are compared with: "images" as the model sees them, moments "cfd" and, if asked, "fid"."""
+    seen = torch.cat([as_bytes(images(part, data.name in GAUSSIAN)) for part in reference.split(5000)])
+    return {"images": seen, "cfd": moments(net, seen)} | ({"fid": fid_moments(seen, device)} if with_fid else {})
 
-    elbo, rec, kl and mi_* (summed over bits) of the test images; CFD to the reference, uint8 images, of n images from
-    random codes, and after 0, 1, 2, 5, ... `sweeps` sweeps (the last is cfd_limiting); if with_fid, the FIDs too:
-    DataError if the Inception weights cannot be had.
+
+def measure(model: HVAE, data: Dataset, reference: dict, net: Classifier, n: int, sweeps: int,
+            generator: torch.Generator) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """(metrics, images uint8 [n, 1, S, S] "random_code" and "limiting", bits' information) of one model.
+
+    reference: of `known`. elbo, rec, kl and mi_* (summed over bits) of the test images; CFD, and FID if its moments are
+    given, of n images from random codes and after `sweeps` sweeps; cfd_after_k: after k = 0, 1, 2, 5, ... of them.
     """
     device = generator.device
     test = data.test.to(device)
@@ -294,78 +319,33 @@ def measure(model: HVAE, data: Dataset, reference: Tensor, net: Classifier, n: i
     metrics["classifier_accuracy"] = net.recipe["accuracy"]
     own, after = as_bytes(random_code(model, n, generator)), limiting(model, n, milestones(sweeps), generator)
     generated = {"random_code": own, "limiting": after[sweeps]}
-    seen = torch.cat([as_bytes(images(part, model.gaussian)) for part in reference.split(5000)])
-    known = moments(net, seen)
-    metrics |= {f"cfd_{name}": cfd(net, pictures, known) for name, pictures in generated.items()}
-    metrics |= {f"cfd_after_{k}": cfd(net, after[k], known) for k in milestones(sweeps)[:-1]}
-    if with_fid:
-        known = fid_moments(seen, device)
-        metrics |= {f"fid_{name}": fid(pictures, known, device) for name, pictures in generated.items()}
-    return metrics, {"data": seen, **generated}, told
-
-
-def elbo_gradients(model: HVAE, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients [P] of -ELBO over the encoder's parameters, by enumeration: the exact one, and the mean of ZGR's.
-
-    batch: uint8 [B, 1, S, S]. For models of a few bits: 2^(n0 + n1) codes an image.
-    """
-    dtype, x = next(model.parameters()).dtype, images(batch, model.gaussian)
-    codes = torch.tensor(list(product((0.0, 1.0), repeat=sum(model.bits))), dtype=dtype, device=x.device)
-    x, codes = x.to(dtype).repeat_interleave(len(codes), 0), codes.repeat(len(x), 1)
-    z0, z1 = codes.split(model.bits, 1)
-    order = (z0, z1) if model.kind == "ladder" else (z1, z0)
-
-    def drawn(bit):
-        bits = iter(order)
-        return model.draw_q(model.encoder(x), None, lambda logits, _: bit(next(bits), logits))
-
-    exact_draw = drawn(lambda z, _: z)
-    log_q = -cross_entropy(exact_draw[2], z0) - cross_entropy(exact_draw[3], z1)
-    log_p = -sum(p_loss(model, x, z0, z1)) - model.bits[0] * math.log(2)
-    q, own = log_q.exp(), list(model.encoder.parameters())
-    losses = (q * (log_q - log_p)).sum(), (q.detach() * sum(elbo_loss(model, x, drawn(zgr_at)))).sum()
-    return tuple(torch.cat([g.flatten() for g in torch.autograd.grad(loss / len(batch), own)]) for loss in losses)
-
-
-def zgr_bias(encoder: str, data: Tensor, seed: int, steps: tuple[int, ...] = (0, 100, 300)) -> list[dict]:
-    """How far the mean of ZGR's gradient is from the exact one while an HVAE of 4 + 4 bits learns 4x4 thumbnails.
-
-    data: uint8 [N, 1, 28, 28]; gradients are of the first 8 images. A row for each number of ELBO steps: bias
-    |mean - exact| / |exact| and cosine, over all parameters of the encoder.
-    """
-    small = F.adaptive_avg_pool2d(data[:2000].float(), 4).round().to(torch.uint8)
-    trunk = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), Tanh())
-    decoder = nn.Sequential(nn.Linear(4, 16), Tanh(), nn.Linear(16, 16), nn.Unflatten(1, (1, 4, 4)))
-    model = HVAE(encoder, (4, 4), trunk, 16, decoder, image=(1, 4, 4), hidden=32)
-    initialise(model, generator(seed, use="weights"))
-    step, state = training(model, generator(seed), "elbo", lr=3e-3)
-    batches, rows, done = Shuffled(small, 64, seed), [], 0
-    for upto in steps:
-        for t in range(done, upto):
-            step(batches.batch(t))
-        exact_one, mean = elbo_gradients(model.double(), small[:8])
-        model.float()
-        done, apart = upto, (mean - exact_one).norm() / exact_one.norm()
-        rows.append({"steps": upto, "relative bias": apart.item(),
-                     "cosine": F.cosine_similarity(mean, exact_one, dim=0).item()})
-    return rows
-
-
-def bias_table(data: Tensor, seed: int):
-    """`zgr_bias` of both encoders as a pandas DataFrame."""
-    import pandas as pd
-    rows = [{"encoder": encoder} | row for encoder in ENCODERS for row in zgr_bias(encoder, data, seed)]
-    return pd.DataFrame(rows).set_index(["encoder", "steps"])
+    metrics |= {f"cfd_{name}": cfd(net, pictures, reference["cfd"]) for name, pictures in generated.items()}
+    metrics |= {f"cfd_after_{k}": cfd(net, after[k], reference["cfd"]) for k in milestones(sweeps)[:-1]}
+    if "fid" in reference:
+        metrics |= {f"fid_{name}": fid(pictures, reference["fid"], device) for name, pictures in generated.items()}
+    return metrics, generated, told
 
 
 def sweeps_of(found: list[dict]) -> dict[str, dict[int, dict]]:
-    """Of run records: name -> {sweeps: CFD}, as `plots.by_sweeps` draws them."""
-    curves = {}
+    """Of run records: name -> {sweeps: CFD}, as `plots.by_sweeps` draws them; of several seeds mean and standard error.
+
+    Only the runs of the largest size (by gradient steps times batch) of each setting.
+    """
+    settings: dict[str, dict[int, list[dict]]] = {}
     for record in found:
-        own, metrics = record["parameters"], record["metrics"]
+        own = record["parameters"]
         name = ", ".join([own["dataset"], own["encoder"], own["learning"], *["held out"] * own["held_out"]])
-        curves[name] = {int(key.removeprefix("cfd_after_")): m for key, m in metrics.items() if "cfd_after_" in key}
-        curves[name][own["sweeps"]] = metrics["cfd_limiting"]
+        settings.setdefault(name, {}).setdefault(own["steps"] * own["batch_size"], []).append(record)
+    curves = {}
+    for name, sizes in settings.items():
+        largest, values = sizes[max(sizes)], {}
+        for record in largest:
+            last = {f"cfd_after_{record['parameters']['sweeps']}": record["metrics"]["cfd_limiting"]}
+            for key, metric in (record["metrics"] | last).items():
+                if key.startswith("cfd_after_"):
+                    values.setdefault(int(key.removeprefix("cfd_after_")), []).append(metric)
+        curves[name] = {k: m[0] if len(m) == 1 else estimate(torch.tensor([one["value"] for one in m]), "CFD")
+                        for k, m in values.items()}
     return curves
 
 

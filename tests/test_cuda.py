@@ -313,5 +313,5 @@ def test_cpu_and_cuda_agree_on_the_first_step_and_in_distribution_on_the_next_50
     assert cuda["loss"][0] == pytest.approx(cpu["loss"][0], rel=0.01)
     for name in set(cpu) - {"step"}:
         late = [torch.tensor(history[name][-100:]) for history in histories]
-        apart, noise = (late[0].mean() - late[1].mean()).abs(), torch.cat(late).std()
-        assert apart < max(0.03 * late[0].mean().abs(), 3 * noise), name
+        apart, noise = (late[0].mean() - late[1].mean()).abs(), max(values.std() for values in late)   # of a step
+        assert apart < max(0.03 * late[0].mean().abs(), noise), name

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib import data, hvae, stochastic, symmetric, train
+from lib import data, hvae, stochastic, symmetric, train, zgr
 
 BOTH = pytest.mark.parametrize("encoder", hvae.ENCODERS)
 BITS = (2, 2)
@@ -167,7 +167,7 @@ def test_zgr_is_exact_for_quadratics_and_biased_beyond():
 def test_zgrs_bias_is_measured_against_the_exact_gradient(encoder):
     """The report of the notebook, with the gradient of one parameter checked by finite differences."""
     model, batch = tiny(encoder), torch.tensor([[[[30, 200], [250, 90]]]], dtype=torch.uint8)
-    exact, expected = symmetric.elbo_gradients(model, batch)
+    exact, expected = zgr.elbo_gradients(model, batch)
     assert exact.shape == expected.shape == (sum(p.numel() for p in model.encoder.parameters()),)
     x = symmetric.images(batch, False)[0].double()
 
@@ -359,6 +359,17 @@ def test_observations_are_binarised_or_noisy():
 
 # ------------------------------------------------------------------------------------------------ generation
 @BOTH
+def test_the_limiting_images_are_those_of_so_many_sweeps_and_one_more_encode_decode(encoder):
+    model, found = make(encoder)[0], symmetric.limiting(make(encoder)[0], 6, [0, 2], train.generator(1), hard=False)
+    noise = train.generator(1)
+    x = symmetric._start(model, 6, noise)
+    for _ in range(2):
+        x = symmetric.sweep(model, x, noise)
+    last = model.picture(model.decode(model.draw_q(model.encoder(x), noise)[1]), hard=False)
+    assert torch.equal(found[2], symmetric.as_bytes(last))
+
+
+@BOTH
 @pytest.mark.parametrize("dataset", ["digits", "fashionmnist"])
 def test_generated_images_are_pictures_and_follow_from_the_seed(encoder, dataset):
     model = make(encoder, dataset=dataset)[0]
@@ -438,28 +449,50 @@ def test_measuring_gives_every_metric_of_the_tables_and_a_perfect_generator_has_
     judge = symmetric.judge(DIGITS, torch.device("cpu"))
     assert judge.threshold == symmetric.THRESHOLD
     model = symmetric.replica(PARAMETERS, DIGITS.train, torch.device("cpu"))["state"]["model"]
-    metrics, pictures, told = symmetric.measure(model, DIGITS, DIGITS.test, judge, 100, 2, train.generator(1))
+    target = symmetric.known(DIGITS.test, DIGITS, judge, torch.device("cpu"))
+    metrics, pictures, told = symmetric.measure(model, DIGITS, target, judge, 100, 2, train.generator(1))
     assert set(metrics) == {*symmetric.METRICS, "cfd_after_0", "cfd_after_1"} - {"fid_random_code", "fid_limiting"}
-    assert {name: p.shape for name, p in pictures.items()} == {
-        "data": (360, 1, 28, 28), "random_code": (100, 1, 28, 28), "limiting": (100, 1, 28, 28)}
-    assert set(pictures["data"].unique().tolist()) == {0, 255}
+    assert {name: p.shape for name, p in pictures.items()} == dict.fromkeys(["random_code", "limiting"],
+                                                                            (100, 1, 28, 28))
+    assert target["images"].shape == (360, 1, 28, 28) and set(target["images"].unique().tolist()) == {0, 255}
     assert {name: len(mi) for name, mi in told.items()} == {"p_z1": 9, "q_z0": 5, "q_z1": 9}
     same = DIGITS.test[torch.randperm(360, generator=train.generator(2))] / 255
     monkeypatch.setattr(symmetric, "random_code", lambda *_: same)
-    perfect = symmetric.measure(model, DIGITS, DIGITS.test, judge, 100, 2, train.generator(1))[0]
+    perfect = symmetric.measure(model, DIGITS, target, judge, 100, 2, train.generator(1))[0]
     assert abs(perfect["cfd_random_code"]["value"]) < 1e-6 < metrics["cfd_random_code"]["value"]
 
 
 def test_the_way_to_the_limiting_distribution_is_looked_at_more_often_at_its_start():
     assert symmetric.milestones(20) == [0, 1, 2, 5, 10, 20] and symmetric.milestones(1000)[-2:] == [500, 1000]
     metric = {"value": 1.0, "se": 0.1, "n": 2, "unit": "CFD"}
-    own = {"dataset": "mnist", "encoder": "ladder", "learning": "elbo", "held_out": True, "sweeps": 20}
+    own = {"dataset": "mnist", "encoder": "ladder", "learning": "elbo", "held_out": True, "sweeps": 20, "steps": 9,
+           "batch_size": 2}
     found = {"cfd_after_0": metric, "cfd_limiting": metric | {"value": 2.0}, "elbo": metric}
-    curves = symmetric.sweeps_of([{"parameters": own, "metrics": found}])
-    assert curves == {"mnist, ladder, elbo, held out": {0: metric, 20: metric | {"value": 2.0}}}
+    one, smaller = {"parameters": own, "metrics": found}, {"parameters": own | {"steps": 8}, "metrics": {}}
+    assert symmetric.sweeps_of([smaller, one]) == {"mnist, ladder, elbo, held out": {0: metric,
+                                                                                  20: metric | {"value": 2.0}}}
+    other = {"parameters": own, "metrics": found | {"cfd_after_0": metric | {"value": 4.0}}}
+    (curve,) = symmetric.sweeps_of([one, other]).values()
+    assert curve[0] == {"value": 2.5, "se": pytest.approx(1.5), "n": 2, "unit": "CFD"} and curve[20]["value"] == 2.0
 
 
 # ------------------------------------------------------------------------------------------------ complaints
+@pytest.mark.parametrize(("change", "says"), [
+    ({"encoder": "rverse"}, "unknown encoder 'rverse': use ladder, reverse"),
+    ({"precision": "fp16"}, "use fp32, tf32, bf16"),
+    ({"learning": "vae"}, "use symmetric, elbo"), ({"n_generated": 1}, "n_generated must be at least 2, got 1"),
+    ({"sweeps": -1}, "sweeps must be at least 0"), ({"width": 0}, "width must be at least 1"),
+    ({"lr": 0.0}, "positive"), ({"z1_bits": 0}, "z1_bits must be at least 1"),
+    ({"replicas": 0}, "replicas must be at least 1")])
+def test_bad_parameters_are_refused_before_anything_is_trained(change, says):
+    good = PARAMETERS | {"steps": 1, "log_every": 0, "n_generated": 2, "sweeps": 0, "replicas": 1}
+    symmetric.check(good, DIGITS.train[0])
+    with pytest.raises(ValueError, match=says):
+        symmetric.check(good | change, DIGITS.train[0])
+    with pytest.raises(ValueError, match="grey images of 28x28 pixels, shapes has 3 x 28 x 28"):
+        symmetric.check(good | {"dataset": "shapes"}, torch.zeros(3, 28, 28))
+
+
 @pytest.mark.parametrize(("call", "says"), [
     (lambda: hvae.build("mnist", "ladders"), "unknown encoder 'ladders': use ladder or reverse"),
     (lambda: hvae.build("mnist", "ladder", (0, 100)), "at least one bit"),

@@ -1,0 +1,1 @@
+"""How fast `train.fit` is beside a plain PyTorch loop. See `python -m benchmarks --help`."""
