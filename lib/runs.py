@@ -303,12 +303,12 @@ def _glue(values: dict) -> None:
 
 # ------------------------------------------------------------------------------------------------ provenance
 def git_state() -> dict:
-    """{"commit": hash or "unknown", "dirty": tracked files differ from it, or lib or notebooks hold untracked ones}."""
+    """{"commit": hash or "unknown", "dirty": a tracked file differs, or lib, notebooks, benchmarks hold a new one}."""
     def git(*words):
         found = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True, check=True)
         return found.stdout.strip()
     try:
-        changed = git("status", "--porcelain", "-uno") or git("status", "--porcelain", "lib", "notebooks")
+        changed = git("status", "--porcelain", "-uno") or git("status", "--porcelain", "lib", "notebooks", "benchmarks")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": True}
