@@ -25,8 +25,7 @@ FLIPPED, NOISE, DECAY = 0.001, 0.01, 0.99
 CURVES = {"loss per unit or pixel [nats]": {"p_x": "p: x", "p_z1": "p: z1", "q_z0": "q: z0", "q_z1": "q: z1",
                                             "rec": "x", "kl": "KL"},
           "information per unit [bits]": {"mi_p_z1": "z1 under p", "mi_q_z0": "z0 under q", "mi_q_z1": "z1 under q"}}
-METRICS = ("cfd_random_code", "cfd_limiting", "fid_random_code", "fid_limiting", "elbo", "rec", "kl", "mi_p_z1",
-           "mi_q_z0", "mi_q_z1", "classifier_accuracy")
+METRICS = ("cfd_random_code", "cfd_limiting", "fid_random_code", "fid_limiting", "elbo", "mi_q_z0", "mi_q_z1")
 LEARNT_FROM = ("dataset", "encoder", "learning", "z0_bits", "z1_bits", "width", "batch_size", "lr", "held_out", "seed",
                "precision")                                  # the notebook's parameters that the weights depend on
 

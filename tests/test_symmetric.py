@@ -451,7 +451,8 @@ def test_measuring_gives_every_metric_of_the_tables_and_a_perfect_generator_has_
     model = symmetric.replica(PARAMETERS, DIGITS.train, torch.device("cpu"))["state"]["model"]
     target = symmetric.known(DIGITS.test, DIGITS, judge, torch.device("cpu"))
     metrics, pictures, told = symmetric.measure(model, DIGITS, target, judge, 100, 2, train.generator(1))
-    assert set(metrics) == {*symmetric.METRICS, "cfd_after_0", "cfd_after_1"} - {"fid_random_code", "fid_limiting"}
+    assert set(metrics) == {*symmetric.METRICS, "rec", "kl", "mi_p_z1", "classifier_accuracy", "cfd_after_0",
+                            "cfd_after_1"} - {"fid_random_code", "fid_limiting"}
     assert {name: p.shape for name, p in pictures.items()} == dict.fromkeys(["random_code", "limiting"],
                                                                             (100, 1, 28, 28))
     assert target["images"].shape == (360, 1, 28, 28) and set(target["images"].unique().tolist()) == {0, 255}
