@@ -333,7 +333,8 @@ def sweeps_of(found: list[dict]) -> dict[str, dict[int, dict]]:
     settings: dict[str, dict[int, list[dict]]] = {}
     for record in found:
         own = record["parameters"]
-        name = ", ".join([own["dataset"], own["encoder"], own["learning"], *["held out"] * own["held_out"]])
+        name = ", ".join([own["dataset"], own["encoder"], own["learning"], *["held out"] * own["held_out"],
+                          *["bf16"] * (own["precision"] == "bf16")])
         settings.setdefault(name, {}).setdefault(own["steps"] * own["batch_size"], []).append(record)
     curves = {}
     for name, sizes in settings.items():

@@ -467,7 +467,7 @@ def test_the_way_to_the_limiting_distribution_is_looked_at_more_often_at_its_sta
     assert symmetric.milestones(20) == [0, 1, 2, 5, 10, 20] and symmetric.milestones(1000)[-2:] == [500, 1000]
     metric = {"value": 1.0, "se": 0.1, "n": 2, "unit": "CFD"}
     own = {"dataset": "mnist", "encoder": "ladder", "learning": "elbo", "held_out": True, "sweeps": 20, "steps": 9,
-           "batch_size": 2}
+           "batch_size": 2, "precision": "tf32"}
     found = {"cfd_after_0": metric, "cfd_limiting": metric | {"value": 2.0}, "elbo": metric}
     one, smaller = {"parameters": own, "metrics": found}, {"parameters": own | {"steps": 8}, "metrics": {}}
     assert symmetric.sweeps_of([smaller, one]) == {"mnist, ladder, elbo, held out": {0: metric,
