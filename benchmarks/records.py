@@ -3,7 +3,6 @@
 Working ones lie in runs/benchmarks/, recorded ones in book/results/benchmarks/, each as <device>-<work>.json.
 """
 import datetime
-import json
 import math
 import re
 from pathlib import Path
@@ -64,16 +63,8 @@ def check_committed(git: dict) -> None:
 
 # ------------------------------------------------------------------------------------------------ reading
 def read(path: Path) -> dict:
-    """One record. BenchmarkError if it is not JSON or not of this schema."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"{path} cannot be read: {error}") from None
-    missing = NEEDED - set(record if isinstance(record, dict) else ())
-    if missing or record["schema"] != SCHEMA:
-        lacks = ", ".join(sorted(missing)) or "nothing"
-        raise BenchmarkError(f"{path} is not a benchmark of schema {SCHEMA} (missing: {lacks})")
-    return record
+    """One record. RunError if it is not JSON or not of this schema."""
+    return runs.read(path, NEEDED, SCHEMA, "benchmark")
 
 
 def recorded(folder: Path | None = None) -> list[dict]:

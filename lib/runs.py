@@ -347,18 +347,18 @@ def peak_memory_mb() -> float:
 
 
 # ------------------------------------------------------------------------------------------------ many runs
-def read(path: Path) -> dict:
-    """One results.json. RunError if it is missing, not JSON or not of this schema."""
+def read(path: Path, needed: set = NEEDED, schema=SCHEMA, kind: str = "results.json") -> dict:
+    """One record, a run's unless told otherwise. RunError if it is missing, not JSON or not of this schema."""
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the run did not finish") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
-    missing = NEEDED - set(record if isinstance(record, dict) else ())
-    if missing or record["schema"] != SCHEMA:
+    missing = needed - set(record if isinstance(record, dict) else ())
+    if missing or record["schema"] != schema:
         lacks = ", ".join(sorted(missing)) or "nothing"
-        raise RunError(f"{path} is not a results.json of schema {SCHEMA} (missing: {lacks})")
+        raise RunError(f"{path} is not a {kind} of schema {schema} (missing: {lacks})")
     return record
 
 

@@ -10,10 +10,9 @@ import subprocess
 import sys
 import time
 
-import nbformat
 import psutil
 import pytest
-from nbformat import v4
+from toy import toy_checkout
 
 import lib
 from lib import launch, runs
@@ -61,14 +60,8 @@ if how != "quiet":
 def template(tmp_path_factory):
     """lib, the toy and the book's autoencoders in a checkout of their own, without data and without git."""
     folder = tmp_path_factory.mktemp("template")
-    shutil.copytree(lib.root() / "lib", folder / "lib")
-    (folder / "notebooks").mkdir()
-    cells = [v4.new_code_cell(source) for source in TOY]
-    cells[0].metadata.tags = ["parameters"]
-    metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
-    nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), folder / "notebooks" / "toy.ipynb")
+    toy_checkout(folder, TOY, "toy:\n  paper: {steps: 10}\n  wrong: {stesp: 3}\n")
     shutil.copy(lib.root() / "notebooks" / "autoencoders.ipynb", folder / "notebooks")
-    (folder / "notebooks" / "presets.yml").write_text("toy:\n  paper: {steps: 10}\n  wrong: {stesp: 3}\n")
     return folder
 
 

@@ -9,8 +9,8 @@ import killed_training
 import nbformat
 import pytest
 import torch
-from nbformat import v4
 from safetensors.torch import load_file
+from toy import toy_checkout
 
 import lib
 from lib import evaluate, launch, replicas, runs, train
@@ -67,15 +67,8 @@ for one, history in reversed(list(zip(found, histories))):
 def template(tmp_path_factory):
     """lib and the notebook in a checkout of their own."""
     folder = tmp_path_factory.mktemp("template")
-    shutil.copytree(lib.root() / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "notebooks").mkdir()
-    cells = [v4.new_code_cell(source) for source in NOTEBOOK]
-    cells[0].metadata.tags = ["parameters"]
-    metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
-    nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), folder / "notebooks" / "toy.ipynb")
     presets = "toy:\n  paper: {steps: 12, replicas: 5}\n  few: {steps: 6, seed: 5}\n"
-    (folder / "notebooks" / "presets.yml").write_text(presets)
-    return folder
+    return toy_checkout(folder, NOTEBOOK, presets, without=["__pycache__"])
 
 
 @pytest.fixture
