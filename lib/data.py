@@ -1,19 +1,23 @@
 """Named data sets as tensors in memory. `python -m lib data` lists them.
 
 Files are looked for in $VAEBOOK_DATA, then ./data of the checkout, then downloaded; every file is checked by SHA-256.
-`digits` and `shapes` need no file: they are the embedded defaults of the notebooks.
+`digits`, `shapes` and `topics` need no file: they are the embedded defaults of the notebooks.
 """
 import gzip
 import hashlib
+import io
+import lzma
 import os
 import socket
 import struct
+import tarfile
 import tempfile
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import BookError, root
+
+if TYPE_CHECKING:
+    from lib.documents import Documents
 
 DIGITS = tuple(str(i) for i in range(10))
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -49,12 +56,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from: `files` maps path below the data folder -> SHA-256 (empty: embedded)."""
+    """Where a data set comes from: `files` maps path below the data folder -> SHA-256 (empty: embedded).
+
+    `instead`: files that serve as well as `files`, where they are there.
+    """
     what: str
     licence: str
     how: str
     files: dict[str, str]
     size: str
+    instead: dict[str, str] = field(default_factory=dict)
 
 
 _IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
@@ -83,6 +94,22 @@ SOURCES = {
     "shapes": Source(
         "generated 64x64 RGB scenes with known factors, 4,096 train + 512 test", "as the book", "embedded", {},
         "in memory"),
+    "newsgroups": Source(
+        "20 Newsgroups as word counts, 11,269 train + 7,505 test documents", "none stated",
+        "python -m lib data --fetch newsgroups",
+        {"20news/20news-bydate-matlab.tgz": "5381eae1ca6cf78b76a19c74f18a74b28b61811d379077930116f95cd515e192",
+         "20news/vocabulary.txt": "3c0f0d64a814ba8836334a0f23925cef751fb3636baea55772f1f8ede4b791bc"}, "8 MB"),
+    "topics": Source(
+        "generated documents on eight known topics, 1,600 train + 400 test", "as the book", "embedded", {},
+        "in memory"),
+}
+DOCUMENTS = ("newsgroups", "topics")                            # the others are images
+TEXTS = {
+    "newsgroups-texts": Source(
+        "texts of newsgroups' documents", "none stated",
+        "python -m lib data --fetch newsgroups-texts",
+        {"20news/20news-bydate.tar.gz": "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610"}, "14 MB",
+        {"20news/20news-bydate.tar.xz": "8c7055d7d61c133ccb47904f337307e35d12c8b5da3d92ae3c1cdc85eda5556b"}),
 }
 WEIGHTS = {
     "inception": Source(
@@ -90,14 +117,23 @@ WEIGHTS = {
         {"pt_inception-2015-12-05-6726825d.pth": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"},
         "96 MB"),
 }
+# An archive that is packed in more than one way (other dates and owners): its SHA-256 -> members that matter, theirs.
+PACKED = {SOURCES["newsgroups"].files["20news/20news-bydate-matlab.tgz"]: (
+    [f"20news-bydate/matlab/{part}" for part in ("train.data", "train.label", "test.data", "test.label")],
+    "862eb5a0ab6fea15cdf56b55b29ba8b14ce128ad4a46b8fe65ff36fe7c655ba9")}
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, struct.error, ValueError, LookupError,
+              AttributeError)                                   # what reading a damaged archive or file may raise
 
 
-def load(name: str, size: int | None = None) -> Dataset:
+def load(name: str, size: int | None = None) -> "Dataset | Documents":
     """The data set `name` (a key of SOURCES), images resized to size x size (bilinear, antialiased) if given.
 
-    Raises DataError: unknown name, file missing and not downloadable, or corrupt.
+    Raises DataError: unknown name, file missing and not downloadable, or corrupt, a size for documents.
     """
     _known(name, SOURCES)
+    if size is not None and name in DOCUMENTS:
+        images = [known for known in SOURCES if known not in DOCUMENTS]
+        raise DataError(f"{name} has documents, not images: choose one of {', '.join(images)}")
     if size is not None and size < 1:
         raise DataError(f"image size must be at least 1 pixel, got {size}")
     data = _load(name)
@@ -112,11 +148,14 @@ def _known(name: str, names) -> None:
 
 
 def _source(name: str) -> Source:
-    return (SOURCES | WEIGHTS)[name]
+    return (SOURCES | TEXTS | WEIGHTS)[name]
 
 
 @lru_cache(maxsize=2)
-def _load(name: str) -> Dataset:
+def _load(name: str) -> "Dataset | Documents":
+    if name in DOCUMENTS:
+        from lib import documents
+        return {"newsgroups": documents.newsgroups, "topics": documents.topics}[name]()
     return {"digits": _digits, "shapes": _shapes}[name]() if name in ("digits", "shapes") else _mnist_like(name)
 
 
@@ -142,34 +181,55 @@ def find(name: str) -> Path | None:
 
     Weights are also looked for in torch's hub cache.
     """
-    files = _source(name).files
-    return next((f for f in _places(name) if files and all((f / file).is_file() for file in files)), None)
+    return next((folder for folder in _places(name) if held(name, folder)), None)
+
+
+def held(name: str, folder: Path) -> dict[str, str]:
+    """Files of `name` -> SHA-256, if the folder has all of them, or of those that serve instead; else none."""
+    either = (_source(name).files, _source(name).instead)
+    return next((files for files in either if files and all((folder / file).is_file() for file in files)), {})
 
 
 def read_checked(name: str, folder: Path, file: str) -> bytes:
     """The bytes of one file of `name`; DataError if it cannot be read or its SHA-256 is another one."""
-    expected = _source(name).files[file]
+    expected = (_source(name).files | _source(name).instead)[file]
     try:
         content = (folder / file).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {folder / file}: {error.strerror}; {_instead(name)}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
+        raise DataError(f"cannot read {folder / file}: {error.strerror}; {instead(name)}") from None
+    if not _is(content, expected):
+        found = hashlib.sha256(content).hexdigest()
         raise DataError(f"{folder / file} is corrupt (SHA-256 {found[:12]}…, expected {expected[:12]}…): "
-                        f"delete it, then `{_source(name).how}`; {_instead(name)}")
+                        f"delete it, then `{_source(name).how}`; {instead(name)}")
     return content
 
 
-def fetch(name: str) -> Path | None:
-    """Download a data set or weights into the first data folder, checked; returns the folder, None if it needs none.
+def _is(content: bytes, sha256: str) -> bool:
+    """Whether the content has this SHA-256, or is another packing of the archive that has it."""
+    if hashlib.sha256(content).hexdigest() == sha256:
+        return True
+    if sha256 not in PACKED:
+        return False
+    members, expected = PACKED[sha256]
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            parts = [tar.extractfile(member).read() for member in members]
+    except UNREADABLE:
+        return False
+    return hashlib.sha256(b"".join(parts)).hexdigest() == expected
 
-    Raises DataError: unknown name, no network, a folder that cannot be written, a file there already that is corrupt.
+
+def fetch(name: str) -> Path | None:
+    """Download a data set, its texts or weights into the first data folder, checked.
+
+    Returns the folder, None if no file is needed. Raises DataError: unknown name, no network, a folder that cannot be
+    written, a file there already that is corrupt.
     """
-    _known(name, SOURCES | WEIGHTS)
+    _known(name, SOURCES | TEXTS | WEIGHTS)
     if not _source(name).files:
         return None
     folder = find(name) or folders()[0]
-    for file, sha256 in _source(name).files.items():
+    for file, sha256 in (held(name, folder) or _source(name).files).items():
         if (folder / file).is_file():
             read_checked(name, folder, file)
             continue
@@ -185,6 +245,8 @@ def _mirrors(name: str) -> list[str]:
     if name in WEIGHTS:
         from pytorch_fid.inception import FID_WEIGHTS_URL
         return [FID_WEIGHTS_URL.rpartition("/")[0] + "/"]
+    if name in ("newsgroups", "newsgroups-texts"):
+        return ["http://qwone.com/~jason/20Newsgroups/", "https://people.csail.mit.edu/jrennie/20Newsgroups/"]
     from torchvision import datasets  # slow to import: only when something is to be downloaded
 
     return {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name].mirrors
@@ -200,7 +262,7 @@ def _download(mirrors: list[str], target: Path, sha256: str) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as part:       # same file system: the rename is atomic
             try:
                 download_url(mirror + target.name, part, target.name)
-                if hashlib.sha256(Path(part, target.name).read_bytes()).hexdigest() != sha256:
+                if not _is(Path(part, target.name).read_bytes(), sha256):
                     raise OSError(f"{mirror} gave another file, by its SHA-256")
                 os.replace(Path(part, target.name), target)
                 return
@@ -215,13 +277,16 @@ def _missing(name: str, error: Exception) -> str:
     what = f"data set {name} is" if name in SOURCES else f"{_source(name).what} are"
     return (f"{what} not here (looked for {', '.join(map(str, absent))}) and could not be downloaded "
             f"({error}): run `{_source(name).how}` with a network, or set VAEBOOK_DATA to a folder that has it; "
-            f"{_instead(name)}")
+            f"{instead(name)}")
 
 
-def _instead(name: str) -> str:
+def instead(name: str) -> str:
+    """What there is for somebody who has not the files of `name`, as the end of a sentence."""
     if name in WEIGHTS:
         return "the classifier Frechet distance (CFD) needs no file and is used instead of the FID"
-    return f"the embedded data set {'digits' if 'mnist' in name else 'shapes'!r} needs no file"
+    if name in TEXTS:
+        return "without it, documents are shown as their words and counts"
+    return f"the embedded data set {'digits' if 'mnist' in name else 'topics'!r} needs no file"
 
 
 def _read_idx(name: str, folder: Path, file: str) -> Tensor:
@@ -231,18 +296,19 @@ def _read_idx(name: str, folder: Path, file: str) -> Tensor:
         raw = gzip.decompress(content)
         dims = struct.unpack(f">{raw[3]}I", raw[4:4 + 4 * raw[3]])
         return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims).copy())
-    except (OSError, EOFError, zlib.error, ValueError, IndexError, struct.error) as error:
-        raise DataError(f"{folder / file} cannot be read as an IDX file ({error}); {_instead(name)}") from None
+    except UNREADABLE as error:
+        raise DataError(f"{folder / file} cannot be read as an IDX file ({error}); {instead(name)}") from None
 
 
 def _mnist_like(name: str) -> Dataset:
     folder = find(name) or fetch(name)
     x, y, x_test, y_test = (_read_idx(name, folder, file) for file in SOURCES[name].files)
     names = DIGITS if name == "mnist" else GARMENTS
-    return Dataset(name, x[:, None], x_test[:, None], y.long(), y_test.long(), names, _digest_of_files(name))
+    return Dataset(name, x[:, None], x_test[:, None], y.long(), y_test.long(), names, digest_of_files(name))
 
 
-def _digest_of_files(name: str) -> str:
+def digest_of_files(name: str) -> str:
+    """SHA-256 of the SHA-256 of the files of a data set, in order."""
     return hashlib.sha256("".join(SOURCES[name].files.values()).encode()).hexdigest()
 
 
@@ -305,19 +371,20 @@ def _digest(images: Tensor) -> str:
 
 
 def listing() -> list[dict[str, str]]:
-    """One row per data set, and for the weights, for `python -m lib data`: what, where, size, checksum, licence, ..."""
+    """For `python -m lib data`, a row per data set, texts and weights: what, where, size, checksum, licence, ..."""
     rows = []
-    for name, source in (SOURCES | WEIGHTS).items():
+    for name, source in (SOURCES | TEXTS | WEIGHTS).items():
         folder = find(name)
         state = "embedded" if not source.files else "missing"
         if folder:
             try:
-                for file in source.files:
+                for file in held(name, folder):
                     read_checked(name, folder, file)
                 state = f"present in {folder}"
             except DataError as error:
                 state = str(error)
-        sums = [f"{digest}  {file}" for file, digest in source.files.items()] or ["of its pixels, in each results.json"]
+        sums = [f"{digest}  {file}" for file, digest in (source.files | source.instead).items()]
+        sums = sums or ["of its content, in each results.json"]
         rows.append({"name": name, "what": source.what, "state": state, "size": source.size, "sha256": "\n".join(sums),
                      "licence": source.licence, "get it": source.how})
     return rows

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ESTIMATORS = ("disarm", "arm", "reinforce-loo", "zgr")       # of the gradient of E f(z), z bits, for their logits
+
 
 def reparameterise(mean: Tensor, log_var: Tensor, generator: torch.Generator) -> Tensor:
     """z = mean + sigma * eps, eps ~ N(0, I); shapes [B, d] (Kingma & Welling 2013, section 2.4)."""
@@ -54,3 +56,46 @@ def bernoulli_entropy(logits: Tensor) -> Tensor:
 def bernoulli_kl(logits: Tensor, prior: Tensor) -> Tensor:
     """KL between independent Bernoullis, given by their logits, in nats: [B, n], [B, n] -> [B]."""
     return (logits.sigmoid() * (logits - prior) - F.softplus(logits) + F.softplus(prior)).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------ gradients of bits
+# Unbiased estimates of the gradient of E f(z), z ~ Bernoulli(sigmoid(logits)), from f at two codes: no gradient of f is
+# taken, and none passes through the estimate. Logits and bits [..., n], f [...] in the units that the gradient has.
+def antithetic(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Two opposed draws of the bits and their one uniform: z = 1[u > sigmoid(-logit)], z_anti = 1[u < sigmoid(logit)].
+
+    Each is distributed as by `bernoulli`; a bit of z and its partner agree as seldom as they can. z and z_anti have
+    the type of the logits; u is float32 at least, for a uniform of fewer digits would miss the probabilities.
+    """
+    wide = _wide(logits)
+    u = torch.rand(wide.shape, generator=generator, device=wide.device, dtype=wide.dtype)
+    return (u > torch.sigmoid(-wide)).to(logits.dtype), (u < torch.sigmoid(wide)).to(logits.dtype), u
+
+
+def disarm(logits: Tensor, z: Tensor, z_anti: Tensor, f: Tensor, f_anti: Tensor) -> Tensor:
+    """DisARM: (f(z) - f(z_anti))/2 * (-1)^z_anti 1[z != z_anti] sigmoid(|logit|) in each bit, of `antithetic` bits.
+
+    It is ARM averaged over u with the bits given, so never of larger variance (Dong, Mnih, Tucker 2020, section 3).
+    For bits (-1)^z_anti 1[z != z_anti] = z - z_anti. Returns the type of the logits.
+    """
+    difference = (f - f_anti).detach().unsqueeze(-1) / 2
+    return (difference * (z - z_anti) * torch.sigmoid(_wide(logits).abs())).to(logits.dtype)
+
+
+def arm(u: Tensor, f: Tensor, f_anti: Tensor) -> Tensor:
+    """ARM: (f(z) - f(z_anti)) (u - 1/2) in each bit, bits and u of `antithetic` (Yin & Zhou 2019)."""
+    return (f - f_anti).detach().unsqueeze(-1) * (u - 0.5)
+
+
+def reinforce_loo(logits: Tensor, z: Tensor, z_other: Tensor, f: Tensor, f_other: Tensor) -> Tensor:
+    """REINFORCE, each of two independent draws the baseline of the other: (f(z) - f(z_other))/2 * (z - z_other).
+
+    With d log q(z)/d logit = z - sigmoid(logit) the probabilities cancel (Kool et al. 2019).
+    Returns the type of the logits.
+    """
+    return ((f - f_other).detach().unsqueeze(-1) / 2 * (z - z_other)).to(logits.dtype)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Without gradient, in float32 at least."""
+    return logits.detach().to(torch.promote_types(logits.dtype, torch.float32))

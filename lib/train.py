@@ -10,7 +10,6 @@ reads the indices of its batches from a buffer that is filled before it and leav
 waits for the device only where metrics are logged or a checkpoint is written.
 """
 import contextlib
-import hashlib
 import json
 import math
 import statistics
@@ -24,117 +23,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib import checkpoint
-from lib.checkpoint import TrainError, load_checkpoint, made_by  # noqa: F401 (made_by: for those who import train)
+from lib.batches import Items, Shuffled, Whole  # noqa: F401 (these, made_by and the numerics: for those who import train)
+from lib.checkpoint import TrainError, load_checkpoint, made_by  # noqa: F401
+from lib.numerics import PRECISIONS, adam, device, generator, precision  # noqa: F401
 from lib.runs import git_state
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 WARM_UP = 3     # eager steps before a capture: they create the optimizers' state and the libraries' workspaces
 
 
-# ------------------------------------------------------------------------------------------------ device and noise
-def device(name: str = "auto") -> torch.device:
-    """`auto`: CUDA if there is one, else the CPU. TrainError if the device asked for is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise TrainError(f"unknown device {name!r}: use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TrainError("device 'cuda' was asked for but this machine has no CUDA GPU: use auto or cpu")
-    return torch.device(name)
-
-
-def generator(seed: int, device: torch.device | str = "cpu", use: str = "noise") -> torch.Generator:
-    """A source of randomness on the device, independent for every seed and use ("weights", "noise", ...).
-
-    Seed and use are hashed to 32 bits: the CPU generator ignores higher ones. Give the noise to `fit` in `state`.
-    """
-    digest = hashlib.sha256(f"{seed}/{use}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-@contextlib.contextmanager
-def precision(name: str, device: torch.device):
-    """Numerics of the steps: fp32; tf32 (matrix products on CUDA, no effect on the CPU); bf16 (autocast)."""
-    if name not in PRECISIONS:
-        raise TrainError(f"unknown precision {name!r}: use one of {', '.join(PRECISIONS)}")
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
-    try:                                # autocast would keep its copies of the weights over the steps that change them
-        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def adam(parameters, lr: float) -> torch.optim.Adam:
-    """Adam at PyTorch's defaults in its fused form. Raises ValueError if lr <= 0."""
-    if lr <= 0:
-        raise ValueError(f"the learning rate must be positive, got {lr}")
-    parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=parameters[0].is_cuda)
-
-
-# ------------------------------------------------------------------------------------------------ batches
-class Shuffled:
-    """Batches of `size` drawn without replacement, reshuffled every epoch, the incomplete last one dropped.
-
-    Batches are a pure function of (seed, t), so a resumed run needs no state. data [N, ...] stays where it is.
-    """
-
-    def __init__(self, data: Tensor, size: int, seed: int):
-        if not 1 <= size <= len(data):
-            raise TrainError(f"batch size must be between 1 and the {len(data)} training items, got {size}")
-        self.data, self.size, self.seed = data, size, seed
-        self.per_epoch = len(data) // size
-        self._epoch, self._order = -1, None
-
-    def indices(self, first: int, count: int) -> Tensor:
-        """Which items the steps first .. first + count - 1 see: [count, size], on the data's device."""
-        parts = []
-        while count:
-            epoch, i = divmod(first, self.per_epoch)
-            n = min(count, self.per_epoch - i)
-            parts.append(self._permutation(epoch)[i * self.size:(i + n) * self.size].view(n, self.size))
-            first, count = first + n, count - n
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:                  # drawn on the CPU, so alike for all devices; the copy does not wait
-            order = torch.randperm(len(self.data), generator=generator(self.seed, use=f"epoch {epoch}"),
-                                   pin_memory=self.data.is_cuda)
-            self._epoch, self._order = epoch, order.to(self.data.device, non_blocking=True)
-        return self._order
-
-    def at(self, index: Tensor) -> Tensor:
-        """The batch [size, ...] of one row of `indices`."""
-        return self.data[index]
-
-    def batch(self, t: int) -> Tensor:
-        """Step t's batch [size, ...]."""
-        return self.at(self.indices(t, 1)[0])
-
-
-class Whole:
-    """Every batch is all of the data (full-batch training)."""
-
-    def __init__(self, data: Tensor):
-        self.data = data
-
-    def indices(self, first: int, count: int) -> Tensor:
-        """Nothing to choose: [count, 0], on the data's device."""
-        return torch.empty(count, 0, dtype=torch.long, device=self.data.device)
-
-    def at(self, index: Tensor) -> Tensor:
-        """The whole data, whatever the index."""
-        return self.data
-
-    def batch(self, t: int) -> Tensor:
-        """The whole data, whatever t."""
-        return self.data
-
-
 # ------------------------------------------------------------------------------------------------ the loop
-def fit(step, batches, *, state: dict, config: dict, folder: Path | None = None, title: str = "training",
+def fit(step, batches, *, state: dict, config: dict, folder: Path | None = None, title: str = "training", look=None,
         **common) -> dict[str, list]:
     """Run `step` on batches 0 .. steps-1 and return the history {"step": [...], metric: [mean over the log window]}.
 
@@ -143,9 +41,12 @@ def fit(step, batches, *, state: dict, config: dict, folder: Path | None = None,
     config: JSON-able values that the weights depend on; a checkpoint with others is refused.
     folder: where `latest.safetensors` and `best.safetensors` (of all checkpoints the one with the lowest loss, the mean
     of the log window that it ends or is in) are kept.
+    look: () -> {name: 0-d tensor}, called at every point of the history, which its values join, e.g. a test loss; its
+    noise must be in `state`.
     common: `steps` and the options of `fit_together`, of which this is the case of one; it also says what is raised.
     """
-    replica = {"step": step, "batches": batches, "state": state, "config": config, "folder": folder, "title": title}
+    replica = {"step": step, "batches": batches, "state": state, "config": config, "folder": folder, "title": title,
+               "look": look}
     return fit_together([replica], **common)[0]
 
 
@@ -154,7 +55,7 @@ def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, check
                  graph: bool = True) -> list[dict[str, list]]:
     """Train several models, each exactly as `fit` alone would, and return their histories.
 
-    replicas: for each model the arguments of `fit` up to title. On CUDA each has a stream and a graph of its own and
+    replicas: for each model the arguments of `fit` up to look. On CUDA each has a stream and a graph of its own and
     their replays overlap; on the CPU they take turns. They share neither state nor batches nor folder (the data may be
     one tensor).
     log_every: steps between two points of the history, the last of which is at the end; checkpoint_every: between
@@ -213,7 +114,8 @@ class _Training:
     """One model under training: what `fit_together` tells it to do, on a stream of its own if on CUDA."""
 
     def __init__(self, *, step, batches, state: dict, config: dict, folder: Path | None = None, title: str = "training",
-                 steps: int, resume: str, chunk: int, graph: bool):
+                 look=None, steps: int, resume: str, chunk: int, graph: bool):
+        self.look = look
         self.step, self.batches, self.state, self.folder, self.title = step, batches, state, folder, title
         self.config, self.device, self.chunk = json.loads(json.dumps(config)), checkpoint.device_of(state), chunk
         self.done, self.history, meta = 0, {"step": []}, {}
@@ -281,7 +183,11 @@ class _Training:
             self.window.setdefault(name, []).extend(values)
 
     def log(self) -> None:
-        """Close the log window: its means become a point of the history."""
+        """Close the log window: its means, and what `look` sees now, become a point of the history."""
+        if self.look:
+            with self._queue():
+                seen = self.look()
+                self.window |= dict(zip(seen, torch.stack(list(seen.values())).double()[:, None].tolist(), strict=True))
         self.history["step"].append(self.done)
         for name, values in self.window.items():
             self.history.setdefault(name, []).append(statistics.fmean(values))

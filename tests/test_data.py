@@ -358,7 +358,7 @@ def test_fetching_does_not_call_a_corrupt_file_present(mirrors, bare):
 # ------------------------------------------------------------------------------------------------ the list
 def test_the_list_tells_present_missing_corrupt_and_embedded(mnist, tmp_path):
     rows = {row["name"]: row for row in data.listing()}
-    assert list(rows) == [*data.SOURCES, *data.WEIGHTS] and all(all(row.values()) for row in rows.values())
+    assert list(rows) == [*data.SOURCES, *data.TEXTS, *data.WEIGHTS] and all(all(row.values()) for row in rows.values())
     assert rows["mnist"]["state"] == f"present in {tmp_path / 'named'}"
     assert (rows["fashionmnist"]["state"], rows["digits"]["state"]) == ("missing", "embedded")
     mnist[0].write_bytes(b"damaged")

@@ -1,0 +1,309 @@
+"""Semantic hashing: a VAE of b independent bits for documents (Shekhovtsov, Schlesinger, Flach, ICLR 2022, section 5).
+
+x = c + s: word counts of a document plus the smoothing vector (lib/bags.py), f = x / |x|; z: b bits, uniform a priori.
+    nelbo = sum_w x_w log(f_w / p_w(z)) + KL(q(z|x) || p(z)),  z ~ q(.|x),  nats per document
+It is offset by the document's own entropy: not the NLL of a multinomial and no perplexity, which are given beside it.
+"""
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib import root
+from lib.bags import Corpus, cross_entropy
+from lib.documents import Documents, smoothing
+from lib.evaluate import estimate, exact
+from lib.stochastic import (
+    ESTIMATORS,
+    antithetic,
+    arm,
+    bernoulli,
+    bernoulli_entropy,
+    bernoulli_kl,
+    disarm,
+    reinforce_loo,
+    zgr,
+)
+from lib.train import PRECISIONS, Items, adam, fit_together, generator, precision
+
+ENCODERS = {"e1": ("counts", False), "e2": ("frequencies", True), "e3": ("frequencies", False)}  # reads, has a layer
+INPUTS = ("counts", "frequencies")
+KL = ("sampled", "analytic")
+BATCHED = 256                                                # documents of an evaluation's batch in the work's code
+LEARNT_FROM = ("dataset", "encoder", "input", "bits", "decoder_depth", "hidden", "estimator", "kl", "batch_size", "lr",
+               "seed", "precision")                          # the notebook's parameters that the weights depend on
+
+
+# ------------------------------------------------------------------------------------------------ the model
+class WordLinear(nn.Module):
+    """Linear layer from x or its frequencies to n units; weight [V, n], so that a word's weights are a row."""
+
+    def __init__(self, words: int, n: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(words, n)), nn.Parameter(torch.empty(n))
+
+    def forward(self, bag, frequencies: bool) -> Tensor:
+        """[B, n] of a bag of B documents."""
+        x = bag.project(self.weight)
+        return (x / bag.total[:, None] if frequencies else x) + self.bias
+
+
+class SemanticHashing(nn.Module):
+    """q(z|x) and p(x|z) for V words and b bits; encoder: of ENCODERS; decoder of `depth` hidden layers.
+
+    reads: what the encoder is given, counts or frequencies; "": as its kind says.
+    """
+
+    def __init__(self, words: int, bits: int, encoder: str = "e1", depth: int = 0, hidden: int = 512, reads: str = ""):
+        super().__init__()
+        kind_reads, layered = ENCODERS[encoder]
+        self.bits, self.reads = bits, reads or kind_reads
+        self.words_in = WordLinear(words, hidden if layered else bits)
+        self.code = nn.Sequential(nn.LeakyReLU(), nn.Linear(hidden, bits)) if layered else nn.Identity()
+        sizes = [bits] + [hidden] * depth
+        self.hidden = nn.Sequential(*(layer for a, b in zip(sizes, sizes[1:], strict=False)
+                                      for layer in (nn.Linear(a, b), nn.LeakyReLU())))
+        self.words_out = nn.Linear(sizes[-1], words)
+
+    def encode(self, bag, reads: str = "") -> Tensor:
+        """Logits [B, b] of q(z|x); reads: what the encoder is given instead of what it has learnt from."""
+        logits = self.code(self.words_in(bag, (reads or self.reads) == "frequencies"))
+        return logits.to(self.words_in.weight.dtype)
+
+    def nll(self, z: Tensor, bag, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of scale * -x.log p, -c.log p, -s.log p) of bits z [S, B, b]: see `bags.cross_entropy`."""
+        return cross_entropy(self.hidden(z), self.words_out.weight, self.words_out.bias, bag, scale)
+
+
+@torch.no_grad()
+def initialise(model: SemanticHashing, generator: torch.Generator) -> SemanticHashing:
+    """PyTorch's default of linear layers, uniform in +-1/sqrt(inputs), from the generator; in place."""
+    for layer in model.modules():
+        if isinstance(layer, WordLinear | nn.Linear):
+            inputs = layer.weight.shape[0 if isinstance(layer, WordLinear) else 1]
+            for parameter in (layer.weight, layer.bias):
+                parameter.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ training
+def gradient(model: SemanticHashing, bag, code: Tensor, scale: Tensor, estimator: str, kl: str,
+             generator: torch.Generator) -> Tensor:
+    """One estimate of the gradient of sum_B scale * nelbo: added to the decoder's gradients and to code.grad.
+
+    code: logits [B, b], a leaf; scale [B]. Returns -c.log p and -x.log p of the samples, nats [2, S, B]. With
+    kl = "sampled" log q(z|x) is part of what the estimator sees, as in DisARM's and the work's code. ZGR, which goes
+    through the decoder instead, takes the analytic KL whatever `kl`, and one sample; the others take two.
+    """
+    logits = code.detach()
+    if estimator == "zgr":
+        drawn = zgr(code, generator)[None]
+    elif estimator == "reinforce-loo":
+        drawn = torch.stack([bernoulli(logits, generator), bernoulli(logits, generator)])
+    else:
+        *pair, u = antithetic(logits, generator)
+        drawn = torch.stack(pair)
+    loss, counted, smooth = model.nll(drawn, bag, scale / len(drawn))
+    loss.backward()
+    f = counted + smooth
+    if kl == "analytic" or estimator == "zgr":
+        (bernoulli_kl(code, torch.zeros_like(code)) * scale).sum().backward()
+    else:
+        f = f + (drawn * logits - nn.functional.softplus(logits)).sum(-1)      # + log q(z|x)
+    if estimator != "zgr":
+        found = {"disarm": lambda: disarm(logits, *drawn, *f), "arm": lambda: arm(u, *f),
+                 "reinforce-loo": lambda: reinforce_loo(logits, *drawn, *f)}[estimator]()
+        found = found * scale[:, None]
+        code.grad = found if code.grad is None else code.grad + found
+    return torch.stack([counted, counted + smooth])
+
+
+def training(model: SemanticHashing, corpus: Corpus, generator: torch.Generator, optimizer, *,
+             estimator: str = "disarm", kl: str = "sampled", estimates: int = 1, size: int = 256):
+    """The step for `train.fit` on batches of item numbers [size] (train.Items): averages `estimates` estimates.
+
+    It returns loss = nelbo, kl (nats per document) and nll_per_word (-c.log p, nats per word), so scaled that their
+    means over the steps of an epoch are those over all documents, or words, at the weights of the moment.
+    Raises ValueError: unknown estimator or kl, no estimate.
+    """
+    for name, value, known in (("estimator", estimator, ESTIMATORS), ("kl", kl, KL)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: use {', '.join(known)}")
+    if estimates < 1:
+        raise ValueError(f"the gradient needs at least one estimate, got {estimates}")
+    per_epoch = -(-len(corpus) // size)
+    per_document, per_word = per_epoch / len(corpus), per_epoch / corpus.words
+
+    def step(items: Tensor) -> dict[str, Tensor]:
+        bag, present = corpus.batch(items), (items >= 0).float()
+        optimizer.zero_grad()
+        logits = model.encode(bag)
+        code, scale = logits.detach().requires_grad_(), present / present.sum() / estimates
+        seen = sum(gradient(model, bag, code, scale, estimator, kl, generator).mean(1) for _ in range(estimates))
+        logits.backward(code.grad)
+        optimizer.step()
+        counted, nll = seen / estimates
+        kl_now = bernoulli_kl(logits.detach(), torch.zeros_like(code))
+        return {"loss": ((nll + bag.offset + kl_now) * present).sum() * per_document,
+                "kl": (kl_now * present).sum() * per_document, "nll_per_word": (counted * present).sum() * per_word}
+
+    return step
+
+
+def check(parameters: dict) -> None:
+    """Raise ValueError, before any work is done, on a value of the notebook's parameters that must fail later."""
+    for name, known in (("encoder", ENCODERS), ("input", ("", *INPUTS)), ("estimator", ESTIMATORS), ("kl", KL),
+                        ("precision", PRECISIONS)):
+        if parameters[name] not in known:
+            raise ValueError(f"unknown {name} {parameters[name]!r}: use {', '.join(filter(None, known))}")
+    for name, least in (("bits", 1), ("decoder_depth", 0), ("hidden", 1), ("epochs", 0), ("finetune_epochs", 0),
+                        ("finetune_estimates", 1), ("batch_size", 1), ("replicas", 1)):
+        if parameters[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {parameters[name]}")
+    if parameters["lr"] <= 0:
+        raise ValueError(f"the learning rate must be positive, got {parameters['lr']}")
+
+
+def corpora(documents: Documents, device: torch.device) -> tuple[Corpus, Corpus]:
+    """Training and test documents, both smoothed by the training documents' distribution, on the device."""
+    s = smoothing(documents.train)
+    return Corpus(documents.train, s, device, dense=device.type == "cuda"), Corpus(documents.test, s, device)
+
+
+def replica(parameters: dict, train: Corpus, test: Corpus, device: torch.device, folder: Path | None = None) -> dict:
+    """One seed's model, optimizer and noise, and where its checkpoints go: what `learn` trains."""
+    seed = parameters["seed"]
+    model = SemanticHashing(len(train.smoothing), parameters["bits"], parameters["encoder"],
+                            parameters["decoder_depth"], parameters["hidden"], parameters["input"])
+    model = initialise(model, generator(seed, use="weights")).to(device)
+    state = {"model": model, "optimizer": adam(model.parameters(), parameters["lr"]),
+             "generator": generator(seed, device), "test_generator": generator(seed, device, "test")}
+    return {"parameters": parameters, "train": train, "test": test, "state": state, "folder": folder}
+
+
+def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, list]]:
+    """Train: `epochs` of one estimate a step, then `finetune_epochs` of `finetune_estimates`; the history of each.
+
+    replicas: of `replica`, alike in all but their seeds. The history has a point per epoch: those of `training` and of
+    `look`. resume, options: of `train.fit_together`, whose errors it raises; the fine-tuning has its own checkpoints.
+    """
+    own = replicas[0]["parameters"]
+    stages = [("", own["epochs"], 1)]
+    if own["finetune_epochs"]:
+        stages.append(("finetuning", own["finetune_epochs"], own["finetune_estimates"]))
+    histories = [{} for _ in replicas]
+    for stage, epochs, estimates in stages:
+        jobs = [_job(one, stage, estimates) for one in replicas]
+        per_epoch, begun = jobs[0]["batches"].per_epoch, histories[0].get("epoch", [0])[-1:] or [0]
+        found = fit_together(jobs, steps=epochs * per_epoch, log_every=per_epoch, numerics=own["precision"],
+                             checkpoint_every=per_epoch * max(1, min(20, epochs)),
+                             resume=_stage_resume(resume, stage), **options)
+        for whole, part in zip(histories, found, strict=True):
+            part["epoch"] = [begun[0] + step // per_epoch for step in part.pop("step")]
+            for name, values in part.items():
+                whole.setdefault(name, []).extend(values)
+    return histories
+
+
+def _job(one: dict, stage: str, estimates: int) -> dict:
+    own, state, train, test = one["parameters"], one["state"], one["train"], one["test"]
+    step = training(state["model"], train, state["generator"], state["optimizer"], estimator=own["estimator"],
+                    kl=own["kl"], estimates=estimates, size=own["batch_size"])
+    config = {name: own[name] for name in LEARNT_FROM}
+    if stage:
+        config |= {"epochs": own["epochs"], "finetune_estimates": estimates}
+    return {"step": step, "state": state, "config": config, "folder": one["folder"] and one["folder"] / stage,
+            "batches": Items(len(train), own["batch_size"], f"{own['seed']} {stage}".strip(), train.device),
+            "look": lambda: look(state["model"], test, state["test_generator"]),
+            "title": f"seed {own['seed']} {stage}".strip()}
+
+
+def _stage_resume(resume: str, stage: str) -> str:
+    """What `resume` means for the fine-tuning: of a run folder its own checkpoint there, if it has got so far."""
+    if not stage or resume in ("", "auto"):
+        return resume
+    if resume in ("latest", "best"):
+        return "auto"
+    return str(Path(resume) / stage) if (root() / resume / stage / "latest.safetensors").is_file() else ""
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+@torch.no_grad()
+def evaluate(model: SemanticHashing, corpus: Corpus, generator: torch.Generator, reads: str = "") -> dict[str, Tensor]:
+    """nelbo, nll = -c.log p and kl in nats per document [N], one draw of z a document; logits [N, b] of q(z|x).
+
+    reads: what the encoder is given instead of what it has learnt from (known fault 1). Always in float32.
+    """
+    found = []
+    with precision("fp32", corpus.device):
+        for bag in corpus.bags():
+            logits = model.encode(bag, reads)
+            z = bernoulli(logits, generator)[None]
+            _, (counted,), (smooth,) = model.nll(z, bag, torch.ones_like(bag.total))
+            kl = bernoulli_kl(logits, torch.zeros_like(logits))
+            found.append((counted + smooth + bag.offset + kl, counted, kl, logits))
+    return dict(zip(("nelbo", "nll", "kl", "logits"), map(torch.cat, zip(*found, strict=True)), strict=True))
+
+
+def look(model: SemanticHashing, test: Corpus, generator: torch.Generator) -> dict[str, Tensor]:
+    """What is followed from epoch to epoch on the test documents, 0-d tensors.
+
+    test_nelbo, its standard error over documents, its means over the two halves of the documents (even and odd), as
+    the work's code computes it (`as_published`: an encoder that has learnt from frequencies is given counts, known
+    fault 1, and the means of batches of 256 are averaged, the last with 81 documents counting as much as the others),
+    KL, nats per word, mean entropy of a bit of the codes over documents in bits, mean absolute correlation of two bits.
+    """
+    seen = evaluate(model, test, generator)
+    nelbo, codes = seen["nelbo"].double(), (seen["logits"] > 0).float()
+    published = nelbo if model.reads == "counts" else evaluate(model, test, generator, "counts")["nelbo"].double()
+    share = codes.double().mean(0)
+    correlation = torch.corrcoef(codes.T).reshape(model.bits, model.bits).nan_to_num().abs()
+    return {"test_nelbo": nelbo.mean(), "test_nelbo_se": nelbo.std() / math.sqrt(len(nelbo)),
+            "test_nelbo_even": nelbo[::2].mean(), "test_nelbo_odd": nelbo[1::2].mean(),
+            "test_nelbo_as_published": torch.stack([part.mean() for part in published.split(BATCHED)]).mean(),
+            "test_kl": seen["kl"].mean(), "test_nll_per_word": seen["nll"].double().sum() / test.words,
+            "bit_entropy": bernoulli_entropy(torch.logit(share, eps=1e-9)).mean() / math.log(2),
+            "bit_correlation": (correlation.sum() - correlation.trace()) / max(1, model.bits * (model.bits - 1))}
+
+
+def measure(model: SemanticHashing, train: Corpus, test: Corpus, history: dict, generator: torch.Generator) -> dict:
+    """The metrics of a run, NELBOs in nats per document; errors are over documents, which all runs share.
+
+    test_nelbo_min: the smallest of all epochs, at `best_epoch`, so chosen on the test documents (known fault 2);
+    _min_as_published: the same as the work's code evaluates (see `look`); _validated: of the epoch that is best on one
+    half of the test documents, measured on the other, both ways, averaged; _last: of the last epoch. train_nelbo_final:
+    of the training documents at the end. perplexity: exp of (-c.log p + KL) per word, an upper bound.
+    """
+    ends = {name: evaluate(model, corpus, generator) for name, corpus in (("train", train), ("test", test))}
+    per_document = "nats per document"
+    metrics = {"train_nelbo_final": estimate(ends["train"]["nelbo"], per_document)}
+    if history.get("test_nelbo"):
+        best = min(range(len(history["test_nelbo"])), key=history["test_nelbo"].__getitem__)
+        halves = history["test_nelbo_even"], history["test_nelbo_odd"]
+        chosen = [other[min(range(len(half)), key=half.__getitem__)]
+                  for half, other in (halves, halves[::-1])]
+        n = len(test)
+
+        def at(i: int, value: float) -> dict:
+            return {"value": value, "se": history["test_nelbo_se"][i], "n": n, "unit": per_document}
+
+        metrics |= {"test_nelbo_min": at(best, history["test_nelbo"][best]),
+                    "test_nelbo_min_as_published": at(best, min(history["test_nelbo_as_published"])),
+                    "test_nelbo_validated": at(best, sum(chosen) / 2),
+                    "test_nelbo_last": at(-1, history["test_nelbo"][-1]),
+                    "best_epoch": exact(history["epoch"][best], "epochs")}
+    for name, corpus in (("train", train), ("test", test)):
+        seen = ends[name]
+        metrics |= {f"{name}_kl": estimate(seen["kl"], per_document),
+                    f"{name}_nll_per_word": exact(seen["nll"].double().sum() / corpus.words, "nats per word"),
+                    f"{name}_perplexity": exact(((seen["nll"] + seen["kl"]).double().sum() / corpus.words).exp(),
+                                                "words")}
+    return metrics
+
+
+def thinned(history: dict[str, list], points: int = 300) -> dict[str, list]:
+    """A history of at most about so many points, its values to six digits, for a run record; the last point is kept."""
+    n = len(history.get("epoch", []))
+    keep = sorted({*range(0, n, -(-n // points) or 1), n - 1} - {-1})
+    return {name: [float(f"{values[i]:.6g}") for i in keep] for name, values in history.items()}
