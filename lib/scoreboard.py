@@ -198,6 +198,8 @@ def score(rows: list[dict], records: list[dict]) -> pd.DataFrame:
     by_key = {(row["section"], row["key"]): row for row in rows}
     for row in rows:
         row["verdict"], row["why"] = _judge(row, by_key)
+    for row in rows:
+        del row["at"]
     numbers = ("published", "half_width", "obtained", "se", "deviation", "tolerance")
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float)) if rows else pd.DataFrame()
 
@@ -224,8 +226,18 @@ def _measure(row: dict, records: list[dict]) -> dict:
         sizes[tuple(record["reduced"])].append(record)
     if not sizes:
         return {"obtained": None, "by": "", "instrument": None, "se": None, "bar": "", "n": 0, "seeds": {},
-                "deviation": None, "size": "", "command": "", "device": "", "runs": ()}
-    reduced, found = min(sizes.items(), key=lambda item: (len(item[0]), -len(item[1])))
+                "deviation": None, "size": "", "command": "", "device": "", "runs": (), "at": {}}
+    at = {_size(reduced): _measured(row, found) for reduced, found in sizes.items()}
+    reduced, _ = min(sizes.items(), key=lambda item: (len(item[0]), -len(item[1])))
+    return at[_size(reduced)] | {"size": _size(reduced), "at": at}
+
+
+def _size(reduced: tuple[str, ...]) -> str:
+    return f"reduced: {'; '.join(reduced)}" if reduced else "full"
+
+
+def _measured(row: dict, found: list[dict]) -> dict:
+    """What records of one size, the oldest first, say about the row."""
     _same_setting(row, found)
     chosen = list({record["seed"]: record for record in found}.values())
     by = _stand_in(row, chosen)
@@ -239,7 +251,6 @@ def _measure(row: dict, records: list[dict]) -> dict:
         "obtained": mean(values), "se": se, "bar": bar, "n": n, "by": by["unit"] if by else "",
         "instrument": _instrument(row, chosen, by), "deviation": None if by else mean(values) - row["published"],
         "seeds": {record["seed"]: value for record, value in zip(chosen, values, strict=True)},
-        "size": f"reduced: {'; '.join(reduced)}" if reduced else "full",
         "command": "\n".join(record["command"] for record in chosen), "runs": tuple(map(_name, chosen)),
         "device": ", ".join(dict.fromkeys(record.get("device", {}).get("name", "") for record in chosen)),
     }
@@ -336,11 +347,11 @@ def _judge(row: dict, by_key: dict) -> tuple[str, str]:
 
 
 def _orders(row: dict, by_key: dict) -> tuple[list[str], list[str], list[str]]:
-    """The row's claims that (hold, fail, are open), of those whose two sides were measured alike at the same size."""
+    """The row's claims that (hold, fail, are open), of those whose two sides were measured alike at the row's size."""
     holds, fails, open_ = [], [], []
     for high, low, words in row["claims"]:
-        high, low = by_key[row["section"], high], by_key[row["section"], low]
-        if all(high[name] == low[name] for name in ("size", "by", "instrument")):
+        high, low = (by_key[row["section"], side]["at"].get(row["size"]) for side in (high, low))
+        if high and low and all(high[name] == low[name] for name in ("by", "instrument")):
             difference, error = _difference(high, low)
             (holds if difference > 2 * error else fails if difference <= -2 * error else open_).append(words)
     return holds, fails, open_

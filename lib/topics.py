@@ -59,7 +59,7 @@ def draw(n: int, seed: int) -> tuple[list[list[str]], list[int]]:
     """n documents as lists of words in the drawn order, and their main topics (0 to 7, in turn).
 
     A document has 25 to 250 words (density falling with the length squared), a third to two thirds of them common; of
-    the others, 55 to 90 % are of its main topic and the rest of another one. Each topic has three subjects: every
+    the others, 60 to 95 % are of its main topic and the rest of another one. Each topic has three subjects: every
     third word of its list is four times as frequent in a document on the subject. Uniform numbers and exactly rounded
     arithmetic only, so that the corpus is the same on every machine.
     """
@@ -72,7 +72,7 @@ def draw(n: int, seed: int) -> tuple[list[list[str]], list[int]]:
 def _document(rng, lists: list[list[str]], main: int) -> list[str]:
     u = rng.random(5)
     other = (main + 1 + int(u[0] * (len(lists) - 1))) % len(lists)
-    common, own, length = (1 + u[1]) / 3, 0.55 + 0.35 * u[2], int(25 / (1 - 0.9 * u[3]))
+    common, own, length = (1 + u[1]) / 3, 0.6 + 0.35 * u[2], int(25 / (1 - 0.9 * u[3]))
     kinds = _pick([common, (1 - common) * own, (1 - common) * (1 - own)], rng.random(length))
     words = [[source[k] for k in _pick(_weights(len(source), subject), rng.random(length))] for source, subject in
              ((COMMON, None), (lists[main], int(u[4] * SUBJECTS)), (lists[other], None))]

@@ -104,7 +104,8 @@ def test_some_rows_as_they_are_published():
     found = {(row["section"], row["key"]): row for row in scoreboard.flatten(scoreboard.load())}
     row = found["semantic_hashing", "test_nelbo_min_over_epochs.d2.e3.32"]
     assert row["published"] == 473
-    assert row["where"] == {"encoder": "e3", "bits": "32", "decoder_depth": "2", "estimator": "disarm"}
+    assert row["where"] == {"dataset": "newsgroups", "encoder": "e3", "input": "", "bits": "32", "decoder_depth": "2",
+                            "estimator": "disarm", "kl": "sampled", "precision": "tf32"}
     row = found["symmetric_learning", "fid.fmnist_ladder.symmetric.random_code"]
     assert row["published"] == 43.6204
     assert row["metric"] == "fid_random_code"
@@ -202,6 +203,15 @@ def test_order_is_not_compared_between_sizes():
     found = rows(grid("e1", 64, 33), grid("e2", 64, 46))
     assert found["test.d0.e1.64"]["verdict"] == found["test.d0.e2.64"]["verdict"] == "reproduced"
     assert found["test.d0.e1.64"]["tolerance"] == pytest.approx(3)
+
+
+def test_a_reduced_row_is_compared_with_a_reduced_run_of_one_that_also_has_the_full_size():
+    reduced = ["steps 1 instead of 2"]
+    found = rows(grid("e1", 64, 33), grid("e1", 64, 90, reduced=reduced), grid("e2", 64, 95, reduced=reduced))
+    assert (found["test.d0.e1.64"]["size"], found["test.d0.e1.64"]["verdict"]) == ("full", "reproduced")
+    assert found["test.d0.e2.64"]["size"] == f"reduced: {reduced[0]}"
+    assert (found["test.d0.e2.64"]["verdict"], found["test.d0.e2.64"]["obtained"]) == ("direction holds", 95)
+    assert "at" not in found["test.d0.e2.64"]
 
 
 def test_several_seeds_give_mean_and_their_own_error():
