@@ -31,6 +31,13 @@ ENCODERS = {"e1": ("counts", False), "e2": ("frequencies", True), "e3": ("freque
 INPUTS = ("counts", "frequencies")
 KL = ("sampled", "analytic")
 BATCHED = 256                                                # documents of an evaluation's batch in the work's code
+CURVES = ({"NELBO [nats per document]": {"loss": "training", "test_nelbo": "test"},
+           "perplexity per word": {"perplexity": "training", "test_perplexity": "test"}},
+          {"NLL [nats per word]": {"nll_per_word": "training", "test_nll_per_word": "test"},
+           "KL [nats per document]": {"kl": "training", "test_kl": "test"},
+           "test codes": {"bit_entropy": "entropy of a bit [bits]", "bit_correlation": "|correlation| of two"}})
+METRICS = ("train_nelbo_final", "test_nelbo_min_as_published", "test_nelbo_min", "test_nelbo_validated",
+           "test_nelbo_last", "best_epoch", "test_perplexity", "precision_at_100")
 LEARNT_FROM = ("dataset", "encoder", "input", "bits", "decoder_depth", "hidden", "estimator", "kl", "batch_size", "lr",
                "seed", "precision")                          # the notebook's parameters that the weights depend on
 
@@ -185,8 +192,9 @@ def replica(parameters: dict, train: Corpus, test: Corpus, device: torch.device,
 def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, list]]:
     """Train: `epochs` of one estimate a step, then `finetune_epochs` of `finetune_estimates`; the history of each.
 
-    replicas: of `replica`, alike in all but their seeds. The history has a point per epoch: those of `training` and of
-    `look`. resume, options: of `train.fit_together`, whose errors it raises; the fine-tuning has its own checkpoints.
+    replicas: of `replica`, alike in all but their seeds. The history has a point per epoch: the metrics of `training`
+    and `look`, and from them the perplexities, exp of (-c.log p + KL) per word, upper bounds. resume, options: of
+    `train.fit_together`, whose errors it raises; the fine-tuning has its own checkpoints.
     """
     own = replicas[0]["parameters"]
     stages = [("", own["epochs"], 1)]
@@ -194,7 +202,7 @@ def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, l
         stages.append(("finetuning", own["finetune_epochs"], own["finetune_estimates"]))
     histories = [{} for _ in replicas]
     for stage, epochs, estimates in stages:
-        jobs = [_job(one, stage, estimates) for one in replicas]
+        jobs = [job(one, stage, estimates) for one in replicas]
         per_epoch, begun = jobs[0]["batches"].per_epoch, histories[0].get("epoch", [0])[-1:] or [0]
         found = fit_together(jobs, steps=epochs * per_epoch, log_every=per_epoch, numerics=own["precision"],
                              checkpoint_every=per_epoch * max(1, min(20, epochs)),
@@ -203,10 +211,15 @@ def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, l
             part["epoch"] = [begun[0] + step // per_epoch for step in part.pop("step")]
             for name, values in part.items():
                 whole.setdefault(name, []).extend(values)
+    for one, history in zip(replicas, histories, strict=True):
+        for corpus, kind in ((one["train"], ""), (one["test"], "test_")):
+            terms = zip(history.get(f"{kind}nll_per_word", []), history.get(f"{kind}kl", []), strict=True)
+            history[f"{kind}perplexity"] = [math.exp(nll + kl * len(corpus) / corpus.words) for nll, kl in terms]
     return histories
 
 
-def _job(one: dict, stage: str, estimates: int) -> dict:
+def job(one: dict, stage: str = "", estimates: int = 1) -> dict:
+    """The arguments of `train.fit` for one of `replica`; stage: "" or the name of a later one, such as "finetuning"."""
     own, state, train, test = one["parameters"], one["state"], one["train"], one["test"]
     step = training(state["model"], train, state["generator"], state["optimizer"], estimator=own["estimator"],
                     kl=own["kl"], estimates=estimates, size=own["batch_size"])
@@ -246,11 +259,19 @@ def evaluate(model: SemanticHashing, corpus: Corpus, generator: torch.Generator,
     return dict(zip(("nelbo", "nll", "kl", "logits"), map(torch.cat, zip(*found, strict=True)), strict=True))
 
 
+@torch.no_grad()
+def codes(model: SemanticHashing, smoothing: Tensor, counts: Tensor) -> Tensor:
+    """The most probable bits, bool [N, b], of documents given as counts, sparse CSR [N, V]; smoothing [V]."""
+    corpus = Corpus(counts, smoothing, smoothing.device)
+    with precision("fp32", smoothing.device):
+        return torch.cat([model.encode(bag) > 0 for bag in corpus.bags()])
+
+
 def look(model: SemanticHashing, test: Corpus, generator: torch.Generator) -> dict[str, Tensor]:
     """What is followed from epoch to epoch on the test documents, 0-d tensors.
 
-    test_nelbo, its standard error over documents, its means over the two halves of the documents (even and odd), as
-    the work's code computes it (`as_published`: an encoder that has learnt from frequencies is given counts, known
+    test_nelbo, its means over the two halves of the documents (even and odd numbers), and as the work's code computes
+    it (`as_published`: an encoder that has learnt from frequencies is given counts, known
     fault 1, and the means of batches of 256 are averaged, the last with 81 documents counting as much as the others),
     KL, nats per word, mean entropy of a bit of the codes over documents in bits, mean absolute correlation of two bits.
     """
@@ -259,8 +280,8 @@ def look(model: SemanticHashing, test: Corpus, generator: torch.Generator) -> di
     published = nelbo if model.reads == "counts" else evaluate(model, test, generator, "counts")["nelbo"].double()
     share = codes.double().mean(0)
     correlation = torch.corrcoef(codes.T).reshape(model.bits, model.bits).nan_to_num().abs()
-    return {"test_nelbo": nelbo.mean(), "test_nelbo_se": nelbo.std() / math.sqrt(len(nelbo)),
-            "test_nelbo_even": nelbo[::2].mean(), "test_nelbo_odd": nelbo[1::2].mean(),
+    return {"test_nelbo": nelbo.mean(), "test_nelbo_even": nelbo[::2].mean(),
+            "test_nelbo_odd": nelbo[1::2].mean(),
             "test_nelbo_as_published": torch.stack([part.mean() for part in published.split(BATCHED)]).mean(),
             "test_kl": seen["kl"].mean(), "test_nll_per_word": seen["nll"].double().sum() / test.words,
             "bit_entropy": bernoulli_entropy(torch.logit(share, eps=1e-9)).mean() / math.log(2),
@@ -268,38 +289,72 @@ def look(model: SemanticHashing, test: Corpus, generator: torch.Generator) -> di
 
 
 def measure(model: SemanticHashing, train: Corpus, test: Corpus, history: dict, generator: torch.Generator) -> dict:
-    """The metrics of a run, NELBOs in nats per document; errors are over documents, which all runs share.
+    """The metrics of a run; NELBOs in nats per document.
 
     test_nelbo_min: the smallest of all epochs, at `best_epoch`, so chosen on the test documents (known fault 2);
-    _min_as_published: the same as the work's code evaluates (see `look`); _validated: of the epoch that is best on one
+    _as_published: the smallest as the work's code evaluates (see `look`); _validated: of the epoch that is best on one
     half of the test documents, measured on the other, both ways, averaged; _last: of the last epoch. train_nelbo_final:
-    of the training documents at the end. perplexity: exp of (-c.log p + KL) per word, an upper bound.
+    of the training documents at the end. Their `se` is that of drawing z, by two draws a document at the end: all runs
+    share the documents, over which a NELBO's error is test_document_error. perplexity: exp of (-c.log p + KL) per word,
+    an upper bound.
     """
-    ends = {name: evaluate(model, corpus, generator) for name, corpus in (("train", train), ("test", test))}
-    per_document = "nats per document"
-    metrics = {"train_nelbo_final": estimate(ends["train"]["nelbo"], per_document)}
-    if history.get("test_nelbo"):
-        best = min(range(len(history["test_nelbo"])), key=history["test_nelbo"].__getitem__)
-        halves = history["test_nelbo_even"], history["test_nelbo_odd"]
-        chosen = [other[min(range(len(half)), key=half.__getitem__)]
-                  for half, other in (halves, halves[::-1])]
-        n = len(test)
-
-        def at(i: int, value: float) -> dict:
-            return {"value": value, "se": history["test_nelbo_se"][i], "n": n, "unit": per_document}
-
-        metrics |= {"test_nelbo_min": at(best, history["test_nelbo"][best]),
-                    "test_nelbo_min_as_published": at(best, min(history["test_nelbo_as_published"])),
-                    "test_nelbo_validated": at(best, sum(chosen) / 2),
-                    "test_nelbo_last": at(-1, history["test_nelbo"][-1]),
-                    "best_epoch": exact(history["epoch"][best], "epochs")}
+    metrics, errors = {}, {}
     for name, corpus in (("train", train), ("test", test)):
-        seen = ends[name]
-        metrics |= {f"{name}_kl": estimate(seen["kl"], per_document),
-                    f"{name}_nll_per_word": exact(seen["nll"].double().sum() / corpus.words, "nats per word"),
-                    f"{name}_perplexity": exact(((seen["nll"] + seen["kl"]).double().sum() / corpus.words).exp(),
-                                                "words")}
+        one, other = (evaluate(model, corpus, generator) for _ in range(2))
+        nelbo, difference = (one["nelbo"] + other["nelbo"]).double() / 2, (one["nelbo"] - other["nelbo"]).double()
+        errors[name] = (difference.square().sum() / 2).sqrt().item() / len(corpus)
+        if name == "train":
+            metrics["train_nelbo_final"] = _metric(nelbo.mean().item(), errors["train"] / math.sqrt(2), len(corpus))
+        else:
+            metrics["test_document_error"] = exact(nelbo.std() / math.sqrt(len(corpus)), "nats per document")
+        nll = (one["nll"] + other["nll"]).double().sum() / 2
+        metrics |= {f"{name}_kl": estimate(one["kl"], "nats per document"),
+                    f"{name}_nll_per_word": exact(nll / corpus.words, "nats per word"),
+                    f"{name}_perplexity": exact(((nll + one["kl"].sum()) / corpus.words).exp(), "words")}
+    if "test_nelbo" in history:
+        found = {name: _metric(value, errors["test"], len(test)) for name, value in chosen(history).items()}
+        metrics = found | {"best_epoch": exact(history["epoch"][_best(history["test_nelbo"])], "epochs")} | metrics
     return metrics
+
+
+def chosen(history: dict) -> dict[str, float]:
+    """test_nelbo_min, _min_as_published, _validated and _last of a history: see `measure`."""
+    whole, even, odd = (history[name] for name in ("test_nelbo", "test_nelbo_even", "test_nelbo_odd"))
+    return {"test_nelbo_min": min(whole), "test_nelbo_min_as_published": min(history["test_nelbo_as_published"]),
+            "test_nelbo_validated": (odd[_best(even)] + even[_best(odd)]) / 2, "test_nelbo_last": whole[-1]}
+
+
+def _best(values: list[float]) -> int:
+    return min(range(len(values)), key=values.__getitem__)
+
+
+def _metric(value: float, se: float, n: int) -> dict:
+    return {"value": value, "se": se, "n": n, "unit": "nats per document"}
+
+
+def grid(records: list[dict], metric: str) -> dict:
+    """{decoder depth: {encoder: {bits: {epochs of all stages: metric}}}} of run records, as `plots.hashing` draws it.
+
+    Of the work's own setting only (20 Newsgroups, DisARM, the encoders' own inputs, not in bf16); over seeds the mean
+    with its standard error.
+    """
+    own = {"dataset": "newsgroups", "input": "", "estimator": "disarm", "kl": "sampled", "precision": "tf32"}
+    cells: dict = {}
+    for record in records:
+        given = record["parameters"]
+        if all(given[name] == value for name, value in own.items()):
+            cell = cells.setdefault(given["decoder_depth"], {}).setdefault(given["encoder"], {})
+            epochs = given["epochs"] + given["finetune_epochs"]
+            cell.setdefault(given["bits"], {}).setdefault(epochs, {})[given["seed"]] = record["metrics"][metric]
+    return {depth: {encoder: {bits: {epochs: _over_seeds(list(seeds.values())) for epochs, seeds in found.items()}
+                              for bits, found in row.items()} for encoder, row in rows.items()}
+            for depth, rows in cells.items()}
+
+
+def _over_seeds(metrics: list[dict]) -> dict:
+    if len(metrics) == 1:
+        return metrics[0]
+    return estimate(torch.tensor([metric["value"] for metric in metrics]), metrics[0]["unit"])
 
 
 def thinned(history: dict[str, list], points: int = 300) -> dict[str, list]:
