@@ -275,7 +275,7 @@ def retrieval(at_k: dict[str, dict[int, dict]], balls: dict[str, list[dict]], ch
         ax.axhline(chance, color="0.5", lw=1)
     left.set(xscale="log", xlabel="k", ylabel="precision", ylim=(0, None), title="of the k nearest")
     left.xaxis.set_major_formatter("{x:g}")
-    right.set(xlabel="Hamming radius [bits]", ylim=(0, 1.02), title="of all within a radius (dotted: share answered)")
+    right.set(xlabel="Hamming radius [bits]", ylim=(0, 1.02), title="of all within (dotted: share answered)")
     handles = [plt.Line2D([], [], color=colour, marker=marker, ms=4, label=name)
                for name, (colour, marker) in looks.items()]
     handles += [plt.Line2D([], [], color="0.5", lw=1, label=f"chance, {chance:.3f}")]
@@ -378,15 +378,14 @@ def hashing(found: dict, published: dict, title: str = "") -> Figure:
     for ax, (name, rows) in zip(axes, published.items(), strict=True):
         for i, (encoder, values) in enumerate(rows.items()):
             cells = found.get(int(name[1:]), {}).get(encoder, {})
-            style = {"color": PALETTE[i], "markersize": 5}
-            ax.plot([str(bits) for bits in values], list(values.values()), "--", marker=MARKERS[i], mfc="white",
-                    lw=1, **style)
-            short = {bits: cells[bits][lengths[0]] for bits in values if lengths[0] in cells.get(bits, {})}
-            ax.plot([str(bits) for bits in short], [m["value"] for m in short.values()], marker=MARKERS[i], **style)
-            long = {bits: cells[bits][max(cells[bits])] for bits in values if max(cells.get(bits, [0])) > lengths[0]}
-            ax.plot([str(bits) for bits in long], [m["value"] for m in long.values()], "*", ls="", ms=11, mec="white",
-                    color=PALETTE[i])
-        ax.set(xlabel="bits", title=f"{name[1:]} hidden layers in the decoder")
+            short = {bits: cells[bits][n] for n in lengths[:1] for bits in values if n in cells.get(bits, {})}
+            long = {bits: cells[bits][n] for bits in values if (n := max(cells.get(bits, [0]))) in lengths[1:]}
+            for shown, marks in ((values, {"ls": "--", "marker": MARKERS[i], "mfc": "white", "lw": 1, "ms": 5}),
+                                 (short, {"marker": MARKERS[i], "ms": 5}),
+                                 (long, {"ls": "", "marker": "*", "ms": 11, "mec": "white"})):
+                heights = [value["value"] if isinstance(value, dict) else value for value in shown.values()]
+                ax.plot([str(bits) for bits in shown], heights, color=PALETTE[i], **marks)
+        ax.set(xlabel="bits", title=f"decoder depth {name[1:]}")
     axes[0].set(ylabel="NELBO [nats per document]")
     handles = [plt.Line2D([], [], color=PALETTE[i], marker=MARKERS[i], label=encoder)
                for i, encoder in enumerate(next(iter(published.values())))]

@@ -1,4 +1,4 @@
-"""Searching documents by their binary codes: distances, precision by group, what a code is like, and a search box.
+"""Searching documents by their binary codes: distances, precision by group, what a code is like, what is found.
 
     result = search.results(corpus, encode(counts), encode(corpus.train))      # a notebook shows it as a table
 
@@ -9,14 +9,11 @@ among documents of one distance, precision is the *expected* one under a random 
 order of the file must not decide, for it sorts the documents by group.
 """
 import difflib
-import random
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
-import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
@@ -279,6 +276,21 @@ def query(words: str, vocabulary: tuple[str, ...]) -> tuple[Tensor, list[str]]:
     return _csr_row(columns, counts.float(), len(vocabulary)), unknown
 
 
+def ask(documents: Documents, words: str, number: int) -> tuple[Tensor, str]:
+    """(counts as CSR [1, V], in words what is asked): the words or, if there are none, test document `number`.
+
+    Raises SearchError as `query` does, or if there is no such test document.
+    """
+    if words:
+        counts, unknown = query(words, documents.vocabulary)
+        known = _listed([documents.vocabulary[i] for i in counts.col_indices().tolist()])
+        return counts, f"words: {known}" + (f"; not in the vocabulary: {_listed(unknown)}" if unknown else "")
+    if not 0 <= number < len(documents.test_labels):
+        raise SearchError(f"there is no test document {number}: choose one from 0 to {len(documents.test_labels) - 1}")
+    group = documents.label_names[documents.test_labels[number]]
+    return row(documents.test, number), f"test document {number}, {group}: {snippet(documents.text('test', number))}"
+
+
 def _listed(words: list[str]) -> str:
     shown = ", ".join(word if len(word) <= WORD else f"{word[:WORD]}…" for word in words[:SHOWN])
     return shown + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")
@@ -355,82 +367,3 @@ def results(documents: Documents, code: Tensor, database: Tensor, neighbours: in
     if tied > shown:
         caption += f"; at distance {last} there are {tied:,}, of which {shown} are shown, drawn at random"
     return Result(frame, caption)
-
-
-# ------------------------------------------------------------------------------------------------ widget
-class SearchBox:
-    """Words to type or a test document to pick, and below them the training documents nearest by their codes.
-
-    encode: counts CSR [N, V] -> bits [N, b]. `box` is what a notebook shows; `words`, `group`, `number`, `another`,
-    `neighbours`, `query`, `message` and `table` are its parts. Where `words` is empty, test document `number` is the
-    query. Raises SearchError if encode gives no codes; what goes wrong later is a sentence in `message`.
-    """
-
-    def __init__(self, documents: Documents, encode: Callable[[Tensor], Tensor], neighbours: int = 10, seed: int = 0):
-        self.documents, self.encode, self.seed = documents, encode, seed
-        self.codes = codes(encode(documents.train))
-        self._random = random.Random(seed)
-        self._build(neighbours)
-        self._draw()
-
-    def _build(self, neighbours: int) -> None:
-        style, n = {"description_width": "7.5em"}, len(self.documents.test_labels)
-        line = {"style": style, "layout": {"width": "30em", "max_width": "98%"}}
-        short = {"style": style, "layout": {"width": "15em", "max_width": "98%"}}
-        groups = [(self.documents.label_names[i], i) for i in self.documents.test_labels.unique().tolist()]
-        self.words = ipywidgets.Text(description="words", placeholder="type words, then Enter", continuous_update=False,
-                                     tooltip="words to search for", **line)
-        self.group = ipywidgets.Dropdown(options=[("any group", -1), *groups], description="document of", **line)
-        self.number = ipywidgets.BoundedIntText(min=0, max=n - 1, description="number", **short,
-                                                tooltip=f"test document, 0 to {n - 1}")
-        self.another = ipywidgets.Button(description="draw another", tooltip="a test document of that group, at random")
-        self.neighbours = ipywidgets.IntSlider(neighbours, 1, max(50, neighbours), description="neighbours", **line,
-                                               continuous_update=False, tooltip="number of documents to show")
-        self.query, self.message, self.table = (ipywidgets.HTML(layout={"max_width": "98%"}) for _ in range(3))
-        self.words.observe(self.show, "value")
-        self.number.observe(self._numbered, "value")
-        self.neighbours.observe(self.show, "value")
-        self.group.observe(self._draw, "value")
-        self.another.on_click(self._draw)
-        pick = ipywidgets.HBox([self.number, self.another], layout={"flex_flow": "row wrap"})
-        shown = [self.query, self.message, self.table]
-        self.box = ipywidgets.VBox([self.words, self.group, pick, self.neighbours, *shown])
-
-    def show(self, _=None) -> None:
-        """Search for what the controls say."""
-        asked = message = table = ""
-        try:
-            counts, asked = self._asked()
-            found = results(self.documents, self.encode(counts), self.codes, self.neighbours.value, self.seed)
-            table = found._repr_html_()
-        except BookError as error:
-            message = f'<p role="alert">{escape(str(error))}</p>'
-        self.query.value, self.message.value, self.table.value = asked, message, table
-
-    def _asked(self) -> tuple[Tensor, str]:
-        """The counts of the query, and in HTML what it is."""
-        if self.words.value:
-            counts, unknown = query(self.words.value, self.documents.vocabulary)
-            known = _listed([self.documents.vocabulary[i] for i in counts.col_indices().tolist()])
-            ignored = f"; not in the vocabulary: {_listed(unknown)}" if unknown else ""
-            return counts, f"<p><strong>words</strong>: {escape(known + ignored)}</p>"
-        i = self.number.value
-        group = self.documents.label_names[self.documents.test_labels[i]]
-        return row(self.documents.test, i), (f'<p style="line-height:1.4"><strong>test document {i}, {escape(group)}'
-                                             f'</strong>: {escape(snippet(self.documents.text("test", i)))}</p>')
-
-    def _numbered(self, _) -> None:
-        self._pick(self.number.value)
-
-    def _draw(self, _=None) -> None:
-        labels, group = self.documents.test_labels, self.group.value
-        self._pick(self._random.choice(((labels == group) | (group < 0)).nonzero()[:, 0].tolist()))
-
-    def _pick(self, i: int) -> None:
-        """Make test document i the query; shown once."""
-        self.words.unobserve(self.show, "value")
-        self.number.unobserve(self._numbered, "value")
-        self.words.value, self.number.value = "", i
-        self.words.observe(self.show, "value")
-        self.number.observe(self._numbered, "value")
-        self.show()

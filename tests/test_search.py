@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import documents, evaluate, plots, search, train
+from lib import documents, evaluate, plots, search, search_box, train
 
 VOCABULARY = ("space", "orbit", "launch", "hockey", "goal", "team", "price", "offer")
 POST = """From: alice@cs.example.edu (Alice A.)
@@ -305,13 +305,13 @@ def test_the_table_is_escaped_and_names_nobody(corpus):
 # ---------------------------------------------------------------------------- the search box
 @pytest.fixture
 def view(corpus):
-    return search.SearchBox(corpus, encode, neighbours=2)
+    return search_box.SearchBox(corpus, encode, neighbours=2)
 
 
 def test_words_are_searched_for_and_an_empty_box_returns_to_the_document(view):
     document = view.query.value, view.table.value
     view.words.value = "hockey goal frobnicate"
-    assert view.query.value == "<p><strong>words</strong>: hockey, goal; not in the vocabulary: frobnicate</p>"
+    assert view.query.value.endswith(">words: hockey, goal; not in the vocabulary: frobnicate</p>")
     assert view.table.value == search.results(view.documents, encode(search.query("hockey goal", VOCABULARY)[0]),
                                               view.codes, 2)._repr_html_()
     assert view.message.value == "" and "|0||rec.hockey||2||goal|" in re.sub("<[^>]*>", "|", view.table.value)
@@ -331,8 +331,8 @@ def test_an_error_is_a_sentence_in_the_box_and_leaves_no_old_table(view):
 
 def test_a_broken_encoder_is_told_at_once_or_in_the_box(corpus):
     with pytest.raises(search.SearchError, match="codes must be 0 and 1"):
-        search.SearchBox(corpus, lambda counts: counts.to_dense())
-    view = search.SearchBox(corpus, lambda counts: encode(counts)[:, :6 if len(counts) > 1 else 5])
+        search_box.SearchBox(corpus, lambda counts: counts.to_dense())
+    view = search_box.SearchBox(corpus, lambda counts: encode(counts)[:, :6 if len(counts) > 1 else 5])
     assert "5 bits cannot be compared with codes of 6 bits" in view.message.value and not view.table.value
 
 
@@ -344,7 +344,7 @@ def test_a_test_document_is_picked_by_number_or_drawn_from_a_group(view):
     view.number.value = 99                                             # the browser's field is bounded, too
     assert view.number.value == 2 and "(no text)" in view.query.value and "<table" in view.table.value
     view.group.value = 0
-    assert view.number.value == 0 and "sci.&lt;space&gt;</strong>: query" in view.query.value
+    assert view.number.value == 0 and "sci.&lt;space&gt;: query" in view.query.value
     view.words.value = "hockey"
     view.another.click()                                               # the only one of its group: drawn again
     assert view.number.value == 0 and view.words.value == "" and "test document 0" in view.query.value
@@ -366,7 +366,7 @@ def test_a_search_among_topics_is_quick_finds_the_topic_and_its_saved_state_is_s
     corpus = documents.load("topics")
     counts = corpus.train.to_dense()
     typical = torch.stack([counts[corpus.train_labels == i].mean(0) for i in range(8)]) - counts.mean(0)
-    view = search.SearchBox(corpus, lambda counts: counts @ typical.T > 0)
+    view = search_box.SearchBox(corpus, lambda counts: counts @ typical.T > 0)
     for group, words in (("astronomy", "telescope galaxy moon planet"), ("football", "goal striker match referee")):
         start = time.perf_counter()
         view.words.value = words
@@ -390,3 +390,29 @@ def test_figures_show_the_numbers(corpus):
     ones, _ = plots.code_bits({"random": search.balance(database)}, {"random": search.entropies(database)}).axes
     assert ones.lines[1].get_ydata().tolist() == search.balance(database).sort().values.tolist()
     plt.close("all")
+
+
+def test_a_question_is_words_or_a_test_document():
+    corpus = documents.load("topics")
+    counts, told = search.ask(corpus, f"{corpus.vocabulary[3]} zzzz", 5)
+    assert counts.col_indices().tolist() == [3] and told == f"words: {corpus.vocabulary[3]}; not in the vocabulary: zzzz"
+    counts, told = search.ask(corpus, "", 5)
+    assert torch.equal(counts.to_dense()[0], corpus.test.to_dense()[5]) and told.startswith("test document 5, ")
+    for number in (-1, 400):
+        with pytest.raises(search.SearchError, match=f"there is no test document {number}: choose one from 0 to 399"):
+            search.ask(corpus, "", number)
+
+
+def test_retrieval_compares_codes_with_tf_idf_and_coins():
+    """Codes that spell the group find nothing else; the baselines are those of the functions they are made of."""
+    corpus = documents.load("topics")
+    spelt = [(labels[:, None] >> torch.arange(3)) & 1 for labels in (corpus.test_labels, corpus.train_labels)]
+    found = search.retrieval(corpus, *spelt)
+    assert found.metrics["precision_at_100"]["value"] == 1 and found.metrics["distinct_codes"]["value"] == 8
+    assert found.chance == pytest.approx(search.chance(corpus.test_labels, corpus.train_labels).mean().item())
+    coins = found.metrics["precision_at_100_random_code"]
+    assert abs(coins["value"] - found.chance) < 5 * coins["se"]
+    tfidf = search.tfidf_precision(corpus.test, corpus.test_labels, corpus.train, corpus.train_labels)
+    assert found.metrics["precision_at_100_tfidf"]["value"] == pytest.approx(tfidf.mean().item())
+    assert set(found.at_k["codes"]) == {1, 3, 10, 30, 100} and set(found.groups["codes"]) == {"all", *corpus.label_names}
+    assert found.balls["codes"][0]["precision"]["value"] == 1
