@@ -9,9 +9,9 @@ With e_k the error of draw k, the mean of <e_k, e_l> over k != l is the squared 
 length of a mean error positive for any estimator: for an unbiased one its interval contains 0.
 """
 import copy
+import itertools
 import time
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from lib.train import adam, generator, precision
 
 MOST_BITS = 8
 ALONE = {"finetune_epochs": 0, "finetune_estimates": 1, "replicas": 1}       # what the study does not have of `semhash`
+SETTING = ("dataset", "encoder", "bits", "decoder_depth", "estimator")         # by which recorded runs are told apart
 UNIT = "squared length of the exact gradient"
 
 
@@ -37,7 +38,7 @@ def codes(bits: int, like: Tensor) -> Tensor:
     """All codes [2^b, b], the first bit slowest, of the type and device of `like`. ValueError unless 1 <= b <= 8."""
     if not 1 <= bits <= MOST_BITS:
         raise ValueError(f"all 2^bits codes are enumerated: bits must be between 1 and {MOST_BITS}, got {bits}")
-    return torch.tensor(list(product((0.0, 1.0), repeat=bits)), dtype=like.dtype, device=like.device)
+    return torch.tensor(list(itertools.product((0.0, 1.0), repeat=bits)), dtype=like.dtype, device=like.device)
 
 
 def enumerate_nll(nll: Callable, documents: int, every: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,9 +117,9 @@ def measure(logits: Tensor, parameters: list[Tensor], nll: Callable, noise: torc
     logits [D, b] = encoder(x) with its graph; parameters: of the encoder's last layer; nll: see `enumerate_nll`; kl:
     see `semhash.gradient`; best in float64. bias2: squared bias; variance: trace of the covariance of one step's
     gradient, an estimate for each of the D documents, both in units of the exact gradient's squared length; cosine: of
-    the mean with the exact gradient. "documents" has the variance that comes from the choice of D documents, "zgr" also
-    "enumerated": its bias2 without noise (that of the others is 0). Raises ValueError: too many bits, too few draws or
-    documents, a gradient of length zero.
+    such a step with the exact gradient, the mean. "documents" has the variance that comes from the choice of D
+    documents, "zgr" also "enumerated": its bias2 without noise (that of the others is 0). Raises ValueError: too many
+    bits, too few draws or documents, a gradient of length zero.
     """
     if blocks < 3 or draws < blocks or len(logits) < 2:
         raise ValueError("bands need at least 3 blocks, a draw in each and 2 documents, got "
@@ -143,35 +144,36 @@ def measure(logits: Tensor, parameters: list[Tensor], nll: Callable, noise: torc
 def describe(errors: Tensor, whole: Tensor, own: Tensor) -> dict[str, dict]:
     """bias2, variance and cosine (see `measure`) from errors [blocks, m, n] of estimates of whole [n], own: `metric`.
 
-    Standard errors by the jackknife over blocks; of bias2 see `_error_of_bias2`. ValueError: the whole is zero.
+    Standard errors over blocks: of the variance by the jackknife, of bias2 by `_error_of_bias2`. ValueError: the whole
+    is zero.
     """
-    sums, size = errors.sum(1), errors.shape[1]
-    gram, squares = sums @ own @ sums.T, (errors @ own * errors).sum((1, 2))
-    along, length2 = sums @ own @ whole, whole @ own @ whole
+    sums, size, length2 = errors.sum(1), errors.shape[1], whole @ own @ whole
     if not length2 > 0:
         raise ValueError("the exact gradient is zero: there is nothing to compare estimates with")
+    gram, squares, along = sums @ own @ sums.T, (errors @ own * errors).sum(-1), errors @ own @ whole
 
     def statistics(keep: Tensor) -> Tensor:
         n, total, square = size * len(keep), gram[keep][:, keep].sum(), squares[keep].sum()
-        bias2, towards = (total - square) / (n * (n - 1)), length2 + along[keep].sum() / n
-        mean2 = 2 * towards - length2 + bias2                          # squared length of the mean, without its noise
-        variance = (square - total / n) / (n - 1)
-        return torch.stack([bias2 / length2, variance / length2, towards / (length2 * mean2).sqrt()])
+        return torch.stack([(total - square) / (n * (n - 1)), (square - total / n) / (n - 1)]) / length2
 
-    every = torch.arange(len(gram), device=gram.device)
-    left_out = torch.stack([statistics(every[every != k]) for k in every])
-    errors = ((len(gram) - 1) * left_out.var(0, correction=0)).sqrt()
-    errors[0] = _error_of_bias2(gram / size ** 2) / length2
-    units = {"bias2": UNIT, "variance": UNIT, "cosine": "cosine"}
-    return {name: {"value": value.item(), "se": se.item(), "n": size * len(gram), "unit": unit}
-            for (name, unit), value, se in zip(units.items(), statistics(every), errors, strict=True)}
+    n = len(gram)
+    every = torch.arange(n, device=gram.device)
+    bias2, variance = statistics(every).tolist()
+    left_out = torch.stack([statistics(every[every != k])[1] for k in every])
+    lengths = (length2 + 2 * along + squares).clamp_min(torch.finfo(length2.dtype).tiny).sqrt()     # of the estimates
+    cosines = ((length2 + along) / (length2.sqrt() * lengths)).mean(1)
+    found = {"bias2": (bias2, _error_of_bias2(gram / size ** 2) / length2, UNIT),
+             "variance": (variance, ((n - 1) * left_out.var(correction=0)).sqrt(), UNIT),
+             "cosine": (cosines.mean().item(), cosines.std() / n ** 0.5, "cosine")}
+    return {name: {"value": value, "se": se.item(), "n": size * n, "unit": unit}
+            for name, (value, se, unit) in found.items()}
 
 
 def _error_of_bias2(gram: Tensor) -> Tensor:
     """Standard error of the mean of gram[k, l] = <e_k, e_l> over k != l, for K independent e_k of mean m, covariance C.
 
     Its square is 4 m'Cm / K + 2 tr(C^2) / K^2, tr(C^2) estimated without bias (Bai & Saranadasa 1996). The jackknife,
-    good where m dominates, gives an error of about 0 where the mean of the e_k happens to.
+    good where m dominates, gives an error of about 0 where the mean of the e_k happens to be so.
     """
     n, along = len(gram), gram.mean(0) - gram.mean()
     centred = gram - gram.mean(0) - along[:, None]
@@ -238,8 +240,14 @@ def costs(job: dict, rounds: int = 20) -> dict[str, dict[str, dict]]:
         return in_turns({name: step_of(name) for name in ESTIMATORS}, corpus.device, rounds)
 
 
-def in_turns(steps: dict[str, Callable], device: torch.device, rounds: int, repeats: int = 5) -> dict[str, dict]:
-    """{name: {"ms": time of a step, "cost": its ratio to the first's}}: medians over rounds, in each a turn of all."""
+def in_turns(steps: dict[str, Callable], device: torch.device, rounds: int, repeats: int = 3) -> dict[str, dict]:
+    """{name: {"ms": time of a step, "cost": its ratio to the first's}}, measured in rounds, in each a turn of all.
+
+    Of every five rounds the fastest counts: what else the machine does only adds. ValueError: fewer than five rounds.
+    """
+    if rounds < 5:
+        raise ValueError(f"the timing needs at least 5 rounds, got {rounds}")
+
     def turn(step: Callable) -> float:
         step()
         _wait(device)
@@ -248,17 +256,11 @@ def in_turns(steps: dict[str, Callable], device: torch.device, rounds: int, repe
             step()
         _wait(device)
         return 1e3 * (time.perf_counter() - start) / repeats
-    times = torch.tensor([[turn(step) for step in steps.values()] for _ in range(rounds)], dtype=torch.float64)
-    return {name: {"ms": _median(times[:, i], "ms per step"),
-                   "cost": _median(times[:, i] / times[:, 0], f"steps by {next(iter(steps))}")}
+    times = torch.tensor([[turn(step) for step in steps.values()] for _ in range(rounds // 5 * 5)], dtype=torch.float64)
+    times = times.unflatten(0, (-1, 5)).amin(1)
+    return {name: {"ms": mean_of(times[:, i], "ms per step"),
+                   "cost": mean_of(times[:, i] / times[:, 0], f"steps by {next(iter(steps))}")}
             for i, name in enumerate(steps)}
-
-
-def _median(values: Tensor, unit: str) -> dict:
-    """The median as a metric; its standard error from the median deviation, as if the middle were normal."""
-    middle = values.median()
-    se = 1.2533 * 1.4826 * (values - middle).abs().median() / len(values) ** 0.5
-    return {"value": middle.item(), "se": se.item(), "n": len(values), "unit": unit}
 
 
 def _wait(device: torch.device) -> None:
@@ -291,7 +293,7 @@ def table(told: dict, other: dict, cost: dict, names: tuple[str, str] = KL):
     import pandas as pd
 
     def pm(metric: dict) -> str:
-        return f"{metric['value']:.3g} ± {metric['se']:.1g}"
+        return f"{metric['value']:.3g}" + (f" ± {metric['se']:.1g}" if metric["se"] else "")
 
     def interval(metric: dict) -> str:
         low, high = (100 * max(0.0, metric["value"] + sign * 2 * metric["se"]) ** 0.5 for sign in (-1, 1))
@@ -307,7 +309,7 @@ def table(told: dict, other: dict, cost: dict, names: tuple[str, str] = KL):
 def verdict(found: dict[int, dict], cost: dict, documents: int, batch_size: int):
     """Which one to use, a pandas DataFrame with a row for each measured epoch.
 
-    The error of a step is bias2 + variance, here both in the time of a step by DisARM: variance x cost. The variance
+    The error of a step of batch_size documents is bias2 + variance, in the time of a step by DisARM. The variance
     falls with the number of documents whose gradients are averaged, the bias does not: averaged over more than "up to"
     documents ZGR is worse than DisARM at equal time. The bias is the enumerated one; that of the other three is 0.
     """
@@ -317,9 +319,25 @@ def verdict(found: dict[int, dict], cost: dict, documents: int, batch_size: int)
         spent = {name: told[name]["variance"]["value"] * cost[name]["cost"]["value"] for name in ESTIMATORS}
         bias2 = told["zgr"]["enumerated"]["value"]
         error = {name: spent[name] * documents / batch_size + bias2 * (name == "zgr") for name in ESTIMATORS}
-        saved = spent["disarm"] - spent["zgr"]
+        limit = max(0.0, spent["disarm"] - spent["zgr"]) * documents / max(bias2, 1e-12)
         rows[epoch] = {f"variance x cost: {name}": round(value / spent["disarm"], 2) for name, value in spent.items()}
         rows[epoch] |= {"bias of zgr [%]": round(100 * bias2 ** 0.5, 2),
-                        f"least error of {batch_size} documents": min(error, key=error.get),
-                        "zgr before disarm up to [documents]": f"{float(f'{max(0, saved) * documents / bias2:.2g}'):,.0f}"}
+                        "least error of a step": min(error, key=error.get),
+                        "zgr before disarm up to [documents]": f"{float(f'{limit:.2g}'):,.0f}"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("epochs")
+
+
+def recorded(records: list[dict]):
+    """The `verdict` at the end of each recorded run, a pandas DataFrame with a row for each."""
+    import pandas as pd
+    rows = []
+    for record in records:
+        own = record["parameters"]
+        told = {name: {} for name in ESTIMATORS}
+        for name, metric in itertools.product(ESTIMATORS, ("variance", "cost", "enumerated")):
+            told[name][metric] = record["metrics"].get(f"{metric}_{name}".replace("-", "_"))
+        row = verdict({own["epochs"]: told}, told, own["documents"], own["batch_size"]).reset_index()
+        rows.append(pd.DataFrame({name: [own[name]] for name in SETTING}).join(row))
+    if not rows:
+        return pd.DataFrame()
+    return pd.concat(rows, ignore_index=True).sort_values(list(SETTING)).set_index("dataset")

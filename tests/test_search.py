@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import documents, evaluate, plots, search, search_box, train
+from lib import documents, evaluate, plots_bits, search, search_box, train
 
 VOCABULARY = ("space", "orbit", "launch", "hockey", "goal", "team", "price", "offer")
 POST = """From: alice@cs.example.edu (Alice A.)
@@ -381,21 +381,22 @@ def test_figures_show_the_numbers(corpus):
     queries, database, labels = bits(40, 8), bits(200, 8, 1), torch.arange(200) % 2
     shells = search.shells(queries, labels[:40], database, labels)
     at_k = {"random": {k: evaluate.estimate(search.precision_at(*shells, k), "precision") for k in (1, 10)}}
-    left, right = plots.retrieval(at_k, {"random": search.within(*shells)}, 0.5).axes
+    left, right = plots_bits.retrieval(at_k, {"random": search.within(*shells)}, 0.5).axes
     assert left.lines[0].get_ydata().tolist() == [at_k["random"][k]["value"] for k in (1, 10)]
     assert len(right.lines[0].get_ydata()) == 5
     groups = search.by_group(search.precision_at(*shells, 10), labels[:40], ("a", "b"))
-    (ax,) = plots.by_group({"random": groups}, "precision@10").axes
+    (ax,) = plots_bits.by_group({"random": groups}, "precision@10").axes
     assert ax.get_yticklabels()[-1].get_text() == "all" and ax.get_xlim()[0] == 0
-    ones, _ = plots.code_bits({"random": search.balance(database)}, {"random": search.entropies(database)}).axes
+    ones, _ = plots_bits.code_bits({"random": search.balance(database)}, {"random": search.entropies(database)}).axes
     assert ones.lines[1].get_ydata().tolist() == search.balance(database).sort().values.tolist()
     plt.close("all")
 
 
 def test_a_question_is_words_or_a_test_document():
     corpus = documents.load("topics")
-    counts, told = search.ask(corpus, f"{corpus.vocabulary[3]} zzzz", 5)
-    assert counts.col_indices().tolist() == [3] and told == f"words: {corpus.vocabulary[3]}; not in the vocabulary: zzzz"
+    word = corpus.vocabulary[3]
+    counts, told = search.ask(corpus, f"{word} zzzz", 5)
+    assert counts.col_indices().tolist() == [3] and told == f"words: {word}; not in the vocabulary: zzzz"
     counts, told = search.ask(corpus, "", 5)
     assert torch.equal(counts.to_dense()[0], corpus.test.to_dense()[5]) and told.startswith("test document 5, ")
     for number in (-1, 400):
@@ -414,5 +415,6 @@ def test_retrieval_compares_codes_with_tf_idf_and_coins():
     assert abs(coins["value"] - found.chance) < 5 * coins["se"]
     tfidf = search.tfidf_precision(corpus.test, corpus.test_labels, corpus.train, corpus.train_labels)
     assert found.metrics["precision_at_100_tfidf"]["value"] == pytest.approx(tfidf.mean().item())
-    assert set(found.at_k["codes"]) == {1, 3, 10, 30, 100} and set(found.groups["codes"]) == {"all", *corpus.label_names}
+    assert set(found.at_k["codes"]) == {1, 3, 10, 30, 100}
+    assert set(found.groups["codes"]) == {"all", *corpus.label_names}
     assert found.balls["codes"][0]["precision"]["value"] == 1

@@ -1,4 +1,4 @@
-"""The explorer in a real JupyterLab: Chromium moves a slider by key and sees the image and the map change."""
+"""Widgets in a real JupyterLab: Chromium moves the explorer's slider by key, and types into the search box."""
 import os
 import secrets
 import shutil
@@ -23,11 +23,12 @@ OWN = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNT
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab on loopback behind a token, with settings of its own, in a folder with a copy of the notebook."""
+    """JupyterLab on loopback behind a token, with settings of its own, in a folder with copies of the notebooks."""
     work, settings = tmp_path / "work", tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     work.mkdir()
     settings.mkdir(parents=True)
-    shutil.copy(root() / "notebooks" / "explore.ipynb", work)
+    for name in ("explore", "semantic-hashing"):
+        shutil.copy(root() / "notebooks" / f"{name}.ipynb", work)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     environment = {**os.environ, **{name: str(tmp_path / folder) for name, folder in OWN.items()}}
     with socket.socket() as free:
@@ -68,20 +69,25 @@ def _stop(server):
         process.kill()
 
 
-def test_a_key_moves_the_image_and_the_map(lab, chromium, shots):
+def _run_all(chromium, lab, name):
+    """(context, tab, its kernel's idle sign, requests to elsewhere, errors of the page), all cells being run."""
     address, token = lab
     context = chromium.new_context(viewport={"width": 1400, "height": 1000})
     tab, outside, errors = context.new_page(), [], []
     tab.on("request", lambda request: outside.append(request.url)
            if not request.url.startswith((address, address.replace("http", "ws"), "data:", "blob:")) else None)
     tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.goto(f"{address}/lab/tree/explore.ipynb?token={token}", wait_until="domcontentloaded", timeout=90_000)
+    tab.goto(f"{address}/lab/tree/{name}.ipynb?token={token}", wait_until="domcontentloaded", timeout=90_000)
     tab.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=90_000)
     # the status bar, not the execution indicator: that one says idle before there is a kernel
     idle = tab.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").first
     idle.wait_for(timeout=60_000)
     tab.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    return context, tab, idle, outside, errors
 
+
+def test_a_key_moves_the_image_and_the_map(lab, chromium, shots):
+    context, tab, idle, outside, errors = _run_all(chromium, lab, "explore")
     handles = tab.locator(".jp-OutputArea .widget-slider .noUi-handle")
     handles.first.wait_for(timeout=240_000)                          # the default run may have to be made first
     assert handles.count() == 2
@@ -116,6 +122,41 @@ def test_a_key_moves_the_image_and_the_map(lab, chromium, shots):
     assert "nearest test code: 1, 0.0" in text.inner_text()
     assert explorer.locator("select").input_value().startswith("1: test image")     # the browser corrected nothing
     explorer.screenshot(path=shots / "explorer-picked.png")
+    assert not outside
+    assert not errors
+    context.close()
+
+
+def test_the_search_box_answers_words_and_documents(lab, chromium, shots):
+    context, tab, _, outside, errors = _run_all(chromium, lab, "semantic-hashing")
+    field = tab.get_by_placeholder("type words, then Enter").first
+    field.wait_for(timeout=240_000)
+    box = tab.locator(".jp-OutputArea .widget-vbox", has=tab.get_by_placeholder("type words, then Enter")).first
+    box.scroll_into_view_if_needed()
+    box.locator("table").wait_for(timeout=20_000)
+
+    field.fill("telescope galaxy frobnicate")
+    field.press("Enter")
+    box.get_by_text("words: telescope, galaxy; not in the vocabulary: frobnicate").wait_for(timeout=20_000)
+    assert box.locator("tbody tr").count() == 10
+    box.screenshot(path=shots / "search-words.png")
+
+    field.fill("frobnicate")
+    field.press("Enter")
+    box.get_by_role("alert").wait_for(timeout=20_000)
+    assert not box.locator("table").count()
+
+    box.locator("select").select_option(index=3)                     # a group: a document of it is drawn
+    box.locator("table").wait_for(timeout=20_000)
+    assert field.input_value() == ""
+    before = box.inner_text()
+    box.get_by_role("button", name="draw another").click()
+    _changed(tab, box, before)
+    number = box.locator("input[type=number]").first
+    number.fill("7")
+    number.press("Enter")
+    box.get_by_text("test document 7, ").wait_for(timeout=20_000)
+    box.screenshot(path=shots / "search-document.png")
     assert not outside
     assert not errors
     context.close()
