@@ -391,7 +391,7 @@ def table(found: list[dict], metrics: list[str], by: list[str]):
             values = [record["metrics"][name] for record in group if name in record["metrics"]]
             row[name] = _mean_text(values)
         out.append(row)
-    return pd.DataFrame(out)
+    return pd.DataFrame(out, columns=[*by, "seeds", "size", *metrics])
 
 
 def metrics_table(metrics: dict[str, dict]):

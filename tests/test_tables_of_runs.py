@@ -31,7 +31,8 @@ def test_a_table_keeps_sizes_apart_and_takes_older_runs():
     table = runs.table(found, ["nelbo"], ["model", "kernel"])
     assert table["size"].tolist() == ["full", "steps 3 instead of 9"] and table["seeds"].tolist() == [2, 1]
     assert table["nelbo"].tolist() == ["4.0 ± 1.0", "9.0000"] and set(table["kernel"]) == {"–"}
-    assert runs.table([], ["nelbo"], ["model"]).empty
+    none = runs.table([], ["nelbo"], ["model"])
+    assert none.empty and list(none) == ["model", "seeds", "size", "nelbo"]
 
 
 @pytest.mark.parametrize(("value", "se", "text"), [
