@@ -54,6 +54,12 @@ def loader(data: Tensor, size: int) -> Iterator[Tensor]:
 FEEDS = {"resident slices": slices, "DataLoader": loader}
 
 
+def fed(work: ModuleType, data: Tensor, device: torch.device) -> Tensor:
+    """What the plain loop of a work has its batches from, on the device: the data, or what its `fed` makes of them."""
+    data = data.to(device)
+    return work.fed(data) if hasattr(work, "fed") else data
+
+
 def feeding(data: Tensor, size: int, repeats: int = 20) -> dict[str, float]:
     """Milliseconds that a batch takes from each of FEEDS."""
     found = {}
@@ -74,13 +80,14 @@ class Plain:
     """The work's plain loop, as a careful user would write it, fed in the faster way."""
 
     def __init__(self, work: ModuleType, settings: dict, data: Tensor, device: torch.device):
-        self.device, data = device, data.to(device)
+        start = work.book(settings, data, torch.device("cpu"))["state"]     # not on the device: none of its memory
+        self.device, data = device, fed(work, data, device)
         size = settings["batch"]
         self.feeding = feeding(data, size) if size < len(data) else {}
         self.feed = min(self.feeding, key=self.feeding.get) if self.feeding else "all of the data"
         batches = FEEDS[self.feed](data, size) if self.feeding else itertools.repeat(data)
         self.loop, self.model = work.plain(settings, data, batches, device)
-        same_weights(self.model, work.book(settings, data, device)["state"])
+        same_weights(self.model, start)
         self.metric, self.value = work.METRIC, math.nan
 
     def turn(self, steps: int) -> float:
@@ -145,11 +152,11 @@ class Fit:
 
 
 def same_weights(model: nn.Module, state: dict) -> None:
-    """Give a plain model the weights of the book's modules, whose parameters come in the same order."""
+    """Give a plain model the weights of the book's modules, which come in the same order; some may be transposed."""
     own = [parameter for item in state.values() if isinstance(item, nn.Module) for parameter in item.parameters()]
     with torch.no_grad():
         for mine, its in zip(model.parameters(), own, strict=True):
-            mine.copy_(its)
+            mine.copy_(its if mine.shape == its.shape else its.mT)
 
 
 def windowed_mean(history: dict, metric: str) -> float:
@@ -244,7 +251,7 @@ def measure(work: ModuleType, settings: dict, device: torch.device, *, precision
         ceiling = {name: max(value, before[name]) for name, value in roofs.ceilings(device).items()}
         precisions = {name: changes.get(name, {}).get("precision", precision) for name in contestants}
         del precisions["plain"]
-        needed = _needed(work, settings, data, device, set(precisions.values()))
+        needed = _needed(work, settings, data, device, set(precisions.values()), contestants["plain"])
     rows = {name: _row(one, times["plain"], times[name], peaks[name], precisions.get(name), needed, ceiling)
             for name, one in contestants.items()}
     found = {"steps_per_turn": steps, "turns": repeats, "rows": rows, "failed": failed, "needed": needed,
@@ -287,14 +294,12 @@ def _row(one: Plain | Fit, plain: list[float], own: list[float], peak: float | N
     return row
 
 
-def _needed(work: ModuleType, settings: dict, data: Tensor, device: torch.device, precisions: set[str]) -> dict:
+def _needed(work: ModuleType, settings: dict, data: Tensor, device: torch.device, precisions: set[str],
+            plain: Plain) -> dict:
     """Operations and bytes of one eager step: of the plain loop, and of the book's step in each precision."""
-    data, found = data.to(device), {}
-    loop, _ = work.plain(settings, data, slices(data, settings["batch"]), device)
-    loop(1)                                                         # the optimizers have their state from here on
-    found["plain"] = roofs.needs(lambda: loop(1))
+    data, found = data.to(device), {"plain": roofs.needs(lambda: plain.loop(1))}
     for precision in sorted(precisions):
-        job = work.book(settings, data, device, precision)
+        job = work.book(settings, data, device, precision)          # its optimizers get their state in a first step
         batch = job["batches"].batch(0)
         with warnings.catch_warnings(), train.precision(precision, device):
             warnings.simplefilter("ignore")                         # Adam is made to be captured, and here it is not

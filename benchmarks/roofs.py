@@ -29,11 +29,15 @@ def wait(device: torch.device) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what a step needs
+LOOK_UPS = ("index", "index_select")                                # they read no more of a tensor than they return
+
+
 class Traffic(TorchDispatchMode):
     """Counts the bytes that operators read and write, each tensor once an operator; views and allocations are free.
 
-    It is the traffic of operators run one by one, as PyTorch runs them; compiled code may need less. Caches are not
-    thought of: a step whose tensors fit into them can exceed the ceiling of main memory.
+    Of a tensor that is looked up in, only what is found counts. It is the traffic of operators run one by one, as
+    PyTorch runs them; compiled code may need less. Caches are not thought of: a step whose tensors fit into them can
+    exceed the ceiling of main memory.
     """
 
     def __init__(self):
@@ -44,12 +48,14 @@ class Traffic(TorchDispatchMode):
         """Run the operator, add up its tensors."""
         out = func(*args, **(kwargs or {}))
         returns = [value.alias_info for value in func._schema.returns]
-        allocates = func._schema.name.split("::")[1].startswith(("empty", "new_empty"))
-        if allocates or any(alias and not alias.is_write for alias in returns):
+        name = func._schema.name.split("::")[1]
+        if name.startswith(("empty", "new_empty")) or any(alias and not alias.is_write for alias in returns):
             return out
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
         changed = [given.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
         made = [value for value, alias in zip(out if len(returns) > 1 else [out], returns, strict=False) if not alias]
+        if name in LOOK_UPS and _size(given["self"]) > _size(out):
+            given["self"] = out
         self.bytes += sum(_size(t) for t in tree_leaves([list(given.values()), changed, made]) if isinstance(t, Tensor))
         return out
 

@@ -5,17 +5,20 @@ from itertools import cycle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import __main__ as command
-from benchmarks import autoencoders, gmm, harness, records, roofs, symmetric
-from lib import runs, train
+from benchmarks import autoencoders, gmm, harness, records, roofs, semhash, symmetric
+from lib import data, documents, runs, train
 from lib.runs import RunError
 
 CPU = torch.device("cpu")
-WORKS = {"symmetric": symmetric, "autoencoders": autoencoders, "gmm": gmm}
+WORKS = {"symmetric": symmetric, "autoencoders": autoencoders, "gmm": gmm, "semhash": semhash}
 TINY = {"symmetric": {"batch": 32, "width": 4, "z0_bits": 8, "z1_bits": 16, "lr": 1e-3, "dataset": "digits"},
-        "autoencoders": {"batch": 16, "model": "vae", "dataset": "digits"}, "gmm": {"batch": 64, "lr": 1e-2}}
+        "autoencoders": {"batch": 16, "model": "vae", "dataset": "digits"}, "gmm": {"batch": 64, "lr": 1e-2},
+        "semhash": {"batch": 64, "bits": 8, "hidden": 16, "lr": 1e-2, "dataset": "topics"}}
 DATA = {name: work.data(work.SETTINGS | TINY[name]) for name, work in WORKS.items()}
 
 
@@ -27,12 +30,17 @@ def both(name, steps, **changes):
     """What both loops log at each step, from the same weights on the same batches: {metric: [steps]} each."""
     work, own = WORKS[name], settings_of(name, **changes)
     job = work.book(own, DATA[name], CPU)
-    batches = cycle([job["batches"].batch(t) for t in range(steps)])
-    loop, model = work.plain(own, DATA[name], batches, CPU)
+    loop, model = work.plain(own, DATA[name], batches_of(name, job, steps), CPU)
     harness.same_weights(model, job["state"])
     logged = loop(steps)
     plain = {metric: [point[metric] for point in logged] for metric in logged[0]}
     return plain, train.fit(**job, steps=steps, log_every=1)
+
+
+def batches_of(name, job, steps):
+    """The batches of the book's first steps as the plain loop is given them, again and again."""
+    batches = [job["batches"].batch(t) for t in range(steps)]
+    return cycle([harness.fed(semhash, DATA[name], CPU)[items] for items in batches] if name == "semhash" else batches)
 
 
 # ------------------------------------------------------------------------------------------------ the same objective
@@ -40,12 +48,12 @@ def both(name, steps, **changes):
 def test_both_loops_train_models_of_one_size_and_log_the_same_metrics(name):
     work, own = WORKS[name], settings_of(name)
     job = work.book(own, DATA[name], CPU)
-    loop, model = work.plain(own, DATA[name], cycle([job["batches"].batch(0)]), CPU)
+    loop, model = work.plain(own, DATA[name], batches_of(name, job, 1), CPU)
     of_the_book = [p for item in job["state"].values() if isinstance(item, nn.Module) for p in item.parameters()]
-    assert [p.shape for p in model.parameters()] == [p.shape for p in of_the_book]
+    assert [sorted(p.shape) for p in model.parameters()] == [sorted(p.shape) for p in of_the_book]
     if name != "autoencoders":                                      # its log sigma is a weight that is not trained
         assert sum(p.requires_grad for p in model.parameters()) == sum(p.requires_grad for p in of_the_book)
-    assert set(loop(1)[0]) | {"sigma"} == set(train.fit(**job, steps=1)) - {"step"} | {"sigma"}
+    assert set(loop(1)[0]) == set(train.fit(**job, steps=1)) - {"step", "sigma", "nll_per_word"}     # more for nothing
 
 
 def test_the_plain_model_has_the_works_number_of_parameters():
@@ -77,7 +85,8 @@ def test_with_noise_the_first_step_agrees_from_the_same_weights(name):
 
 @pytest.mark.parametrize(("name", "steps", "within"), [
     ("symmetric", 40, {"loss": 15.0, "p_x": 0.02, "p_z1": 0.15, "q_z0": 0.002, "q_z1": 0.15}),
-    ("autoencoders", 20, {"loss": 0.02, "rec": 0.02, "kl": 0.1})])
+    ("autoencoders", 20, {"loss": 0.02, "rec": 0.02, "kl": 0.1}),
+    ("semhash", 40, {"loss": 1.6, "kl": 0.3})])
 def test_the_losses_agree_in_distribution_after_the_same_number_of_steps(name, steps, within):
     """The bounds are about three standard deviations of the difference of two means over three seeds."""
     found = [both(name, steps, seed=seed) for seed in (1, 2, 3)]
@@ -86,6 +95,82 @@ def test_the_losses_agree_in_distribution_after_the_same_number_of_steps(name, s
         assert abs(late[0] - late[1]) < bound, metric
         if metric == "loss":
             assert max(late) < sum(fit["loss"][0] for _, fit in found) / 3 - 3 * bound
+
+
+HASHING = [("e1", 0, 1), ("e1", 1, 1), ("e2", 0, 1), ("e3", 2, 3)]
+
+
+def hashing(steps, encoder, depth, estimates, prepare=lambda model: None):
+    """(plain loop, its model, the book's job) from the same weights, which `prepare` may change before."""
+    own = settings_of("semhash", encoder=encoder, decoder_depth=depth, estimates=estimates)
+    job = semhash.book(own, DATA["semhash"], CPU)
+    with torch.no_grad():
+        prepare(job["state"]["model"])
+    loop, model = semhash.plain(own, DATA["semhash"], batches_of("semhash", job, steps), CPU)
+    harness.same_weights(model, job["state"])
+    return loop, model, job
+
+
+@pytest.mark.parametrize(("encoder", "depth", "estimates"), HASHING)
+def test_from_the_same_uniforms_semantic_hashing_has_the_plain_loops_gradients(encoder, depth, estimates):
+    loop, model, job = hashing(1, encoder, depth, estimates)
+    torch.manual_seed(7)
+    job["state"]["generator"].manual_seed(7)
+    loop(1)
+    job["step"](job["batches"].batch(0))
+    for mine, its in zip(model.parameters(), job["state"]["model"].parameters(), strict=True):
+        its = its.grad if its.shape == mine.shape else its.grad.mT
+        assert 0 < (mine.grad - its).norm() < 1e-4 * its.norm()     # two ways of computing, not one twice
+
+
+@pytest.mark.parametrize(("encoder", "depth", "estimates"), HASHING)
+def test_where_the_bits_are_certain_both_log_the_nelbo_of_a_direct_formula(encoder, depth, estimates):
+    def prepare(model):
+        last = model.code[-1] if encoder == "e2" else model.words_in
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([30.0, -30.0]).repeat(4))
+
+    loop, model, job = hashing(1, encoder, depth, estimates, prepare)
+    x = semhash.fed(DATA["semhash"])[job["batches"].batch(0)].double()
+    z = torch.tensor([1.0, 0.0]).double().repeat(4)
+    nelbo = (x * ((x / x.sum(1, keepdim=True)).log() - model.double().decoder(z[None]))).sum(1).mean() + 8 * math.log(2)
+    model.float()
+    (logged,), found = loop(1), job["step"](job["batches"].batch(0))
+    assert [logged["loss"], found["loss"].item()] == pytest.approx([nelbo.item()] * 2, rel=1e-5)
+    assert [logged["kl"], found["kl"].item()] == pytest.approx([8 * math.log(2)] * 2, rel=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor has which an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        dense = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided]
+        self.elements = max([self.elements, *dense])
+        return out
+
+
+def test_the_book_makes_no_dense_matrix_of_all_documents_on_the_cpu():
+    counts = DATA["semhash"]
+    with Largest() as seen:
+        job = semhash.book(settings_of("semhash"), counts, CPU)
+        job["step"](job["batches"].batch(0))
+    assert 2 * 64 * counts.shape[1] <= seen.elements < counts.numel() / 10
+    with Largest() as seen:
+        assert torch.equal(semhash.fed(counts), counts.to_dense() + documents.smoothing(counts))
+    assert seen.elements == counts.numel()
+
+
+def test_only_whole_batches_of_documents_take_part():
+    whole = documents.load("topics").train
+    counts = semhash.data(settings_of("semhash", batch=300))
+    assert len(whole) == 1600 and torch.equal(counts.to_dense(), whole.to_dense()[:1500])
+    job = semhash.book(settings_of("semhash", batch=300), counts, CPU)
+    assert all((job["batches"].batch(t) >= 0).all() for t in range(5))
+    with pytest.raises(ValueError, match="1600 training documents, too few for a batch of 1601"):
+        semhash.data(settings_of("semhash", batch=1601))
 
 
 # ------------------------------------------------------------------------------------------------ turns
@@ -168,6 +253,20 @@ def test_a_linear_layer_takes_three_products_and_the_optimizers_traffic_is_count
     assert 7 * 4 * 200 <= bytes_ <= 8 * 4 * 200 + 100
 
 
+def test_a_look_up_reads_no_more_than_it_finds():
+    a = torch.rand(30, 20)
+    assert roofs.needs(lambda: a[torch.arange(4)]) == {"flop": 0, "bytes": 2 * 8 * 4 + 2 * 4 * 80}      # indices: twice
+    assert roofs.needs(lambda: a.index_select(0, torch.zeros(90, dtype=torch.long)))["bytes"] == \
+        2 * 8 * 90 + 4 * (600 + 1800)
+
+
+def test_the_operations_of_semantic_hashing_are_those_of_its_dense_products():
+    loop, _, job = hashing(1, "e1", 0, 1)
+    one, items = 2 * 64 * DATA["semhash"].shape[1] * 8, job["batches"].batch(0)
+    assert roofs.needs(lambda: loop(1))["flop"] == (2 + 2 * 2 + 1) * one         # encoder, pair, logged
+    assert 4 * one <= roofs.needs(lambda: job["step"](items))["flop"] < 4.5 * one     # the pair; sparse: hardly any
+
+
 def test_the_share_is_that_of_the_roof_that_binds():
     ceiling = {"fp32": 100.0, "bf16": 200.0, "bytes": 10.0}
     found = roofs.share({"flop": 120, "bytes": 2}, 2.0, ceiling, "tf32")      # on the CPU tf32 is fp32
@@ -226,6 +325,26 @@ def test_a_benchmark_prints_a_table_and_records_what_it_found(house, capsys):
     assert runs.records(folder=house / "book" / "results") == []    # no run of an experiment
 
 
+def test_semantic_hashing_is_measured_with_what_its_plain_loop_is_fed(house):
+    words = ["--set=dataset=topics", "--set=batch=64", "--set=bits=8", "--set=estimates=2", "--variants=bf16,compiled"]
+    assert command.main(["semhash", *words, "--device", "cpu", "--seconds", "0.05", "--repeats", "2"]) == 0
+    record = records.read(next((house / "runs" / "benchmarks").glob("*-semhash.json")))
+    assert set(record["rows"]) == {"plain", "fit", "bf16"} and "no network to compile" in record["failed"]["compiled"]
+    assert set(record["feed_ms"]) == set(harness.FEEDS) and record["aims"] == []
+    assert record["needed"]["plain"]["flop"] == (2 + 2 * 4 + 1) * 2 * 64 * DATA["semhash"].shape[1] * 8
+
+
+def test_without_the_newsgroups_the_message_names_the_corpus_that_needs_no_file(house, monkeypatch, capsys):
+    def fetch(name):
+        raise data.DataError(f"{name} is not here; {data.instead(name)}")
+
+    monkeypatch.setattr(data, "find", lambda name: None)
+    monkeypatch.setattr(data, "fetch", fetch)
+    assert command.main(["semhash", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: newsgroups is not here; the embedded data set 'topics' needs no file")
+
+
 def test_nothing_is_measured_or_recorded_from_a_dirty_tree(house, monkeypatch, capsys):
     monkeypatch.setattr(harness, "measure", lambda *_, **__: pytest.fail("measured"))
     for git in ({"commit": "c0ffee", "dirty": True}, {"commit": "unknown", "dirty": False}):
@@ -241,7 +360,11 @@ def test_nothing_is_measured_or_recorded_from_a_dirty_tree(house, monkeypatch, c
     (["gmm", "--set", "joint=maybe"], "joint must be bool"), (["gmm", "--set", "item_every=0"], "at least 1"),
     (["gmm", "--batch", "63"], "four components"), (["gmm", "--variants", "faster"], "no variant 'faster' on cpu"),
     (["autoencoders", "--set", "model=aae", "--set", "dataset=digits"], "vae and ae, not 'aae'"),
-    (["symmetric", "--set", "dataset=fashionmnist"], "binarised"), (["gmm", "--device", "tpu"], "unknown device")])
+    (["symmetric", "--set", "dataset=fashionmnist"], "binarised"),
+    (["semhash", "--set", "dataset=topics", "--set", "encoder=e4"], "unknown encoder 'e4'"),
+    (["semhash", "--set", "dataset=topics", "--set", "bits=0"], "bits must be at least 1"),
+    (["semhash", "--set", "dataset=digits"], "has images, not documents"),
+    (["gmm", "--device", "tpu"], "unknown device")])
 def test_what_cannot_be_measured_is_said_in_one_line(house, capsys, words, said):
     assert command.main([*words, "--device", "cpu"] if "--device" not in words else words) == 1
     error = capsys.readouterr().err.splitlines()[-1]
