@@ -1,16 +1,19 @@
 """Bags of words, and the cross-entropy of a softmax over all words with them, without a dense copy of the corpus.
 
 A document is x = c + s: its counts c [V], of which about a hundred of 10,000 are not zero, plus the smoothing vector
-s [V], which sums to 1. With logits l = W h + b the cross-entropy is -x . log softmax(l) = |x| log Z(l) - c.l - s.l.
-Only log Z and its gradient, the softmax, are dense. They are computed for a few documents at a time, and the gradient
-while these are in the cache, so that the [documents, V] matrix never exists as a whole.
+s [V], which sums to 1. With logits l = W h + b the cross-entropy is
+
+    -x . log softmax(l) = |x| log Z(l) - (x W) . h - x . b,    |x| = sum_w x_w.
+
+All that meets x is a sparse product with few columns. Only log Z and its gradient, the softmax, are dense: on the CPU
+they are computed for a few documents at a time, so that they stay in the cache and the [documents, V] matrix never
+exists as a whole.
 
 On CUDA training takes dense counts: the shapes are static, as a CUDA graph needs, and the products cost little.
 """
-import warnings
-
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csc_array
 from torch import Tensor
 
 PART = 128            # rows of logits at a time on the CPU: 5 MB for 10,000 words (measured: benchmarks/semhash.py)
@@ -46,12 +49,12 @@ class Corpus:
         items = items.clamp(min=0)
         known = self.smoothing, self.total[items], self.offset[items]
         if self.dense is not None:
-            return DenseBag(self.dense[items].float(), *known)
+            return DenseBag(self.dense[items] + self.smoothing, *known)
         first, length = self.crow[items], self.crow[items + 1] - self.crow[items]
-        end = length.cumsum(0)
-        row = torch.repeat_interleave(torch.arange(len(items), device=items.device), length)
-        at = torch.arange(len(row), device=items.device) + (first - end + length)[row]
-        return SparseBag(row, self.col[at], self.val[at], end, *known)
+        start = F.pad(length.cumsum(0), (1, 0))
+        shift = torch.repeat_interleave(first - start[:-1], length)
+        at = torch.arange(len(shift), device=items.device) + shift
+        return SparseBag(self.col[at], self.val[at], start, *known)
 
     def bags(self, size: int = 512):
         """All documents in order, in batches of `size`."""
@@ -60,81 +63,65 @@ class Corpus:
 
 
 class DenseBag:
-    """B documents by all their counts [B, V]."""
+    """B documents by all their smoothed counts x [B, V]."""
 
-    def __init__(self, counts: Tensor, smoothing: Tensor, total: Tensor, offset: Tensor):
-        self.counts, self.smoothing, self.total, self.offset = counts, smoothing, total, offset
+    def __init__(self, x: Tensor, smoothing: Tensor, total: Tensor, offset: Tensor):
+        self.x, self.smoothing, self.total, self.offset = x, smoothing, total, offset
 
     def project(self, weight: Tensor) -> Tensor:
-        """x @ weight: [V, n] -> [B, n]."""
-        return (self.counts + self.smoothing).to(weight.dtype) @ weight
+        """x @ weight: [V, n] -> [B, n], in the precision of the weight, autocast or not."""
+        return _Project.apply(weight, self)
 
-    def parts(self, samples: int):
-        """(slice of the documents, their bag), so small that `samples` logits of each are a good size: here all."""
-        yield slice(None), self
+    def times(self, weight: Tensor) -> Tensor:
+        """x @ weight, for `project`."""
+        return self.x.to(weight.dtype) @ weight
 
-    def dot(self, logits: Tensor) -> Tensor:
-        """c . l of each sample and document: [S, B, V] -> [S, B]."""
-        return (logits * self.counts).sum(-1)
-
-    def subtract_from(self, gradient: Tensor, scale: Tensor) -> None:
-        """gradient [S, B, V] -= scale [B] times the counts."""
-        gradient.sub_(self.counts * scale[:, None])
+    def back_times(self, g: Tensor, words: int) -> Tensor:
+        """x^T @ g: [B, n] -> [V, n], for the gradient of `project`."""
+        return self.x.to(g.dtype).T @ g
 
 
 class SparseBag:
-    """B documents by the counts that are not zero: their rows, words and values, document by document; end [B]."""
+    """B documents by the counts that are not zero: word and value, document i's from start[i] to start[i + 1]."""
 
-    def __init__(self, row: Tensor, word: Tensor, value: Tensor, end: Tensor, smoothing: Tensor, total: Tensor,
-                 offset: Tensor):
-        self.row, self.word, self.value, self.end = row, word, value, end
+    def __init__(self, word: Tensor, value: Tensor, start: Tensor, smoothing: Tensor, total: Tensor, offset: Tensor):
+        self.word, self.value, self.start = word, value, start
         self.smoothing, self.total, self.offset = smoothing, total, offset
 
     def project(self, weight: Tensor) -> Tensor:
-        """x @ weight: [V, n] -> [B, n]."""
+        """x @ weight: [V, n] -> [B, n], in the precision of the weight, autocast or not."""
         return _Project.apply(weight, self)
 
-    def parts(self, samples: int):
-        """(slice of the documents, their bag), so small that `samples` logits of each are a good size."""
-        size, n = max(1, PART // samples), len(self.total)
-        ends = [0, *self.end[size - 1::size].tolist(), len(self.row)]
-        for i, begin, end in zip(range(0, n, size), ends, ends[1:], strict=False):
-            documents = slice(i, min(i + size, n))
-            yield documents, SparseBag(self.row[begin:end] - i, self.word[begin:end], self.value[begin:end],
-                                       self.end[documents] - begin, self.smoothing, self.total[documents],
-                                       self.offset[documents])
+    def times(self, weight: Tensor) -> Tensor:
+        """x @ weight, for `project`."""
+        counted = F.embedding_bag(self.word, weight, self.start, mode="sum", include_last_offset=True,
+                                  per_sample_weights=self.value.to(weight.dtype))
+        return counted + self.smoothing.to(weight.dtype) @ weight
 
-    def dot(self, logits: Tensor) -> Tensor:
-        """c . l of each sample and document: [S, B, V] -> [S, B]."""
-        values = logits.flatten(1)[:, self._at(logits)] * self.value
-        return values.new_zeros(len(logits), len(self.total)).index_add_(1, self.row, values)
-
-    def subtract_from(self, gradient: Tensor, scale: Tensor) -> None:
-        """gradient [S, B, V] -= scale [B] times the counts."""
-        gradient.view(len(gradient), -1)[:, self._at(gradient)] -= self.value * scale[self.row]
-
-    def _at(self, logits: Tensor) -> Tensor:
-        return self.row * logits.shape[-1] + self.word
+    def back_times(self, g: Tensor, words: int) -> Tensor:
+        """x^T @ g: [B, n] -> [V, n], for the gradient of `project`."""
+        if g.is_cuda:
+            row = torch.repeat_interleave(torch.arange(len(g), device=g.device), self.start.diff())
+            counted = g.new_zeros(words, g.shape[1]).index_add_(0, self.word, g[row] * self.value.to(g.dtype)[:, None])
+        else:                                    # on the CPU adding row by row takes longer than all the rest of a step
+            counts = csc_array((self.value.numpy(), self.word.numpy(), self.start.numpy()), (words, len(g))).tocsr()
+            row, value, start = map(torch.from_numpy, (counts.indices, counts.data, counts.indptr))
+            counted = F.embedding_bag(row, g, start, mode="sum", include_last_offset=True,
+                                      per_sample_weights=value.to(g.dtype))
+        return counted.addr_(self.smoothing.to(g.dtype), g.sum(0))
 
 
 class _Project(torch.autograd.Function):
-    """x @ weight of a SparseBag; the gradient of the weight is a product with a sparse matrix as well."""
-
     @staticmethod
-    def forward(ctx, weight: Tensor, bag: SparseBag) -> Tensor:
+    def forward(ctx, weight, bag):
         ctx.bag, ctx.words = bag, len(weight)
-        counted = F.embedding_bag(bag.word, weight, F.pad(bag.end[:-1], (1, 0)), mode="sum",
-                                  per_sample_weights=bag.value.to(weight.dtype))
-        return counted + (bag.smoothing.to(weight.dtype) @ weight).to(weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            return bag.times(weight)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        bag = ctx.bag
-        with warnings.catch_warnings(), torch.autocast(g.device.type, enabled=False):    # no sparse product in bf16
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            counts = torch.sparse_coo_tensor(torch.stack([bag.word, bag.row]), bag.value.to(g.dtype),
-                                             (ctx.words, len(g))).to_sparse_csr()
-            return torch.addr(counts @ g, bag.smoothing.to(g.dtype), g.sum(0)), None
+    def backward(ctx, g):
+        with torch.autocast(g.device.type, enabled=False):
+            return ctx.bag.back_times(g, ctx.words), None
 
 
 def cross_entropy(h: Tensor, weight: Tensor, bias: Tensor, bag: SparseBag | DenseBag,
@@ -142,48 +129,50 @@ def cross_entropy(h: Tensor, weight: Tensor, bias: Tensor, bag: SparseBag | Dens
     """(loss, -c . log p, -s . log p) of log p = log softmax(W h + b), for S hidden vectors of each document.
 
     h [S, B, n], weight [V, n], bias [V], bag of B documents, scale [B]; the last two results are nats [S, B] without
-    gradient, their sum is the cross-entropy. loss = sum over S and B of scale times it, a 0-d tensor; its gradients for
-    h, weight and bias are computed on the way, where gradients are enabled.
+    gradient, their sum is the cross-entropy. loss = sum over S and B of scale times it, a 0-d tensor; the gradients of
+    its log Z for h, weight and bias are computed on the way, where gradients are enabled.
     """
     if not torch.is_grad_enabled():
         h, weight, bias = h.detach(), weight.detach(), bias.detach()
-    return _CrossEntropy.apply(h, weight, bias, bag, scale)
+    with torch.autocast(weight.device.type, enabled=False):
+        s = bag.smoothing.to(weight.dtype)
+        x_l = (h * bag.project(weight)).sum(-1) + bag.project(bias[:, None]).T
+        s_l = (h.detach() * (s @ weight.detach())).sum(-1) + s @ bias.detach()
+    loss, log_z = _LogNormaliser.apply(h, weight, bias, bag.total * scale)
+    return loss - (x_l * scale).sum(), (bag.total - 1) * log_z - (x_l.detach() - s_l), log_z - s_l
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _LogNormaliser(torch.autograd.Function):
+    """(sum of scale [B] times log Z, log Z [S, B]) of the logits W h + b; the gradients are computed with it."""
+
     @staticmethod
-    def forward(ctx, h, weight, bias, bag, scale):
-        counted, smooth = (h.new_empty(h.shape[:2], dtype=torch.promote_types(h.dtype, torch.float32)) for _ in "12")
-        grads = [torch.zeros_like(t, dtype=counted.dtype) if need else None
-                 for t, need in zip((h, weight, bias), ctx.needs_input_grad, strict=False)]
-        for at, part in bag.parts(len(h)):
-            flat, s = h[:, at].flatten(0, 1), part.smoothing.to(counted.dtype)
-            logits = F.linear(flat, weight, bias).to(counted.dtype).unflatten(0, (len(h), -1))
-            p = torch.softmax(logits, -1)
-            log_z = logits.amax(-1) - p.amax(-1).log()               # the largest p is at least 1/V
-            counted[:, at] = (part.total - 1) * log_z - part.dot(logits)
-            smooth[:, at] = log_z - logits @ s
-            if any(grad is not None for grad in grads):
-                _accumulate(grads, p, flat, weight, part, scale[at], at)
+    def forward(ctx, h, weight, bias, scale):
+        flat, scales = h.flatten(0, 1), scale.repeat(len(h))
+        size = PART if flat.device.type == "cpu" else len(flat)
+        grads = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if need else None
+                 for t, need in zip((flat, weight, bias), ctx.needs_input_grad, strict=False)]
+        log_z = torch.cat([_log_z(flat[i:i + size], weight, bias, scales[i:i + size], grads, i)
+                           for i in range(0, len(flat), size)]).view(h.shape[:2])
+        ctx.shape = h.shape
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(counted, smooth)
-        return ((counted + smooth) * scale).sum(), counted, smooth
+        ctx.mark_non_differentiable(log_z)
+        return (log_z * scale).sum(), log_z
 
     @staticmethod
-    def backward(ctx, g, *_):
-        return *(None if grad is None else g * grad for grad in ctx.saved_tensors), None, None
+    def backward(ctx, g, _):
+        h, weight, bias = (None if grad is None else g * grad for grad in ctx.saved_tensors)
+        return None if h is None else h.view(ctx.shape), weight, bias, None
 
 
-def _accumulate(grads: list, p: Tensor, flat: Tensor, weight: Tensor, part, scale: Tensor, at: slice) -> None:
-    """Add the gradients of `part` to those for h, weight and bias; overwrites p [S, B, V] with that for the logits."""
-    samples = len(p)
-    p.mul_((part.total * scale)[:, None])
-    p.view(-1, p.shape[-1]).addr_(scale.repeat(samples), part.smoothing.to(p.dtype), alpha=-1)
-    part.subtract_from(p, scale)
-    rows = p.flatten(0, 1)
+def _log_z(h: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, grads: list, first: int) -> Tensor:
+    """log Z of rows h [R, n], h[0] the `first` of all; the gradients of scale . log Z join those of all rows."""
+    logits = F.linear(h, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = torch.softmax(logits, -1)
     if grads[0] is not None:
-        grads[0][:, at] = (rows.to(flat.dtype) @ weight.to(flat.dtype)).unflatten(0, (samples, -1))
+        grads[0][first:first + len(h)] = (p @ weight) * scale[:, None]
     if grads[1] is not None:
-        grads[1] += rows.to(flat.dtype).T @ flat
+        grads[1] += p.T @ (h * scale[:, None])
     if grads[2] is not None:
-        grads[2] += rows.sum(0)
+        grads[2].addmv_(p.T, scale.to(p.dtype))
+    return logits.amax(-1) - p.amax(-1).log()                                   # the largest p is at least 1/V

@@ -4,14 +4,17 @@ x = c + s: word counts of a document plus the smoothing vector (lib/bags.py), f 
     nelbo = sum_w x_w log(f_w / p_w(z)) + KL(q(z|x) || p(z)),  z ~ q(.|x),  nats per document
 It is offset by the document's own entropy: not the NLL of a multinomial and no perplexity, which are given beside it.
 """
+import contextlib
 import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lib import root
 from lib.bags import Corpus, cross_entropy
+from lib.checkpoint import TrainError, find, read_meta
 from lib.documents import Documents, smoothing
 from lib.evaluate import estimate, exact
 from lib.stochastic import (
@@ -179,7 +182,13 @@ def corpora(documents: Documents, device: torch.device) -> tuple[Corpus, Corpus]
 
 
 def replica(parameters: dict, train: Corpus, test: Corpus, device: torch.device, folder: Path | None = None) -> dict:
-    """One seed's model, optimizer and noise, and where its checkpoints go: what `learn` trains."""
+    """One seed's model, optimizer and noise, and where its checkpoints go: what `learn` trains.
+
+    Raises ValueError: no document of a corpus has a word.
+    """
+    for name, corpus in (("training", train), ("test", test)):
+        if not corpus.words:
+            raise ValueError(f"no {name} document has a word of the vocabulary: look at the data")
     seed = parameters["seed"]
     model = SemanticHashing(len(train.smoothing), parameters["bits"], parameters["encoder"],
                             parameters["decoder_depth"], parameters["hidden"], parameters["input"])
@@ -200,6 +209,7 @@ def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, l
     stages = [("", own["epochs"], 1)]
     if own["finetune_epochs"]:
         stages.append(("finetuning", own["finetune_epochs"], own["finetune_estimates"]))
+        _check_finetuning(replicas, resume)
     histories = [{} for _ in replicas]
     for stage, epochs, estimates in stages:
         jobs = [job(one, stage, estimates) for one in replicas]
@@ -214,7 +224,8 @@ def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, l
     for one, history in zip(replicas, histories, strict=True):
         for corpus, kind in ((one["train"], ""), (one["test"], "test_")):
             terms = zip(history.get(f"{kind}nll_per_word", []), history.get(f"{kind}kl", []), strict=True)
-            history[f"{kind}perplexity"] = [math.exp(nll + kl * len(corpus) / corpus.words) for nll, kl in terms]
+            nats = [nll + kl * len(corpus) / corpus.words for nll, kl in terms]
+            history[f"{kind}perplexity"] = torch.tensor(nats, dtype=torch.float64).exp().tolist()  # may be infinite
     return histories
 
 
@@ -230,6 +241,17 @@ def job(one: dict, stage: str = "", estimates: int = 1) -> dict:
             "batches": Items(len(train), own["batch_size"], f"{own['seed']} {stage}".strip(), train.device),
             "look": lambda: look(state["model"], test, state["test_generator"]),
             "title": f"seed {own['seed']} {stage}".strip()}
+
+
+def _check_finetuning(replicas: list[dict], resume: str) -> None:
+    """Refuse at once what would be refused only after the epochs before it: a fine-tuning that began elsewhere."""
+    for one in replicas:
+        path, begun = find(_stage_resume(resume, "finetuning"), one["folder"] and one["folder"] / "finetuning"), None
+        with contextlib.suppress(SafetensorError, ValueError):                 # a corrupt file: `fit_together` says so
+            begun = path and read_meta(path)["config"].get("epochs")
+        if begun not in (None, one["parameters"]["epochs"]):
+            raise TrainError(f"{path} began after {begun} epochs, this run has {one['parameters']['epochs']}: to "
+                             f"fine-tune anew resume from {path.parents[1] / 'latest.safetensors'}")
 
 
 def _stage_resume(resume: str, stage: str) -> str:

@@ -91,7 +91,7 @@ def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, check
                 if run.folder and (point % checkpoint_every == 0 or point == steps):
                     run.save()
             bar.update(ahead)
-    return [run.result() for run in runs]
+        return [run.result() for run in runs]
 
 
 def _check(replicas: list[dict], steps: int, log_every: int, checkpoint_every: int, steps_per_replay: int,

@@ -15,11 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lib import autoencoders, data, hvae, symmetric, train
+from lib import autoencoders, data, documents, hvae, semhash, symmetric, train
 
 STEPS, KILLS = 100, 6
-KINDS = {"vae": ["vae"], "aae": ["aae"], "symmetric": ["symmetric"],
+EVERY = {"log_every": 4, "checkpoint_every": 6}
+KINDS = {"vae": ["vae"], "aae": ["aae"], "symmetric": ["symmetric"], "semhash": ["semhash"],
          "replicas": ["vae", "vae"]}                                       # what is trained, together
+HASHING = {"dataset": "topics", "encoder": "e2", "input": "", "bits": 4, "decoder_depth": 2, "hidden": 6,
+           "estimator": "disarm", "kl": "sampled", "epochs": 5, "finetune_epochs": 20, "finetune_estimates": 2,
+           "batch_size": 410, "lr": 1e-3, "precision": "tf32"}             # STEPS in both stages, 4 an epoch
 
 
 def replica(kind: str, seed: int, folder: Path) -> dict:
@@ -33,6 +37,12 @@ def replica(kind: str, seed: int, folder: Path) -> dict:
     images = data.load("digits", size=28 if kind == "symmetric" else 32).train
     batches = train.Shuffled(images, 16, seed + 2)
     return {"step": step, "batches": batches, "state": state, "config": {"kind": kind, "seed": seed}, "folder": folder}
+
+
+def hashing(seed: int, folder: Path) -> dict:
+    """What `semhash.learn` trains."""
+    corpora = semhash.corpora(documents.load("topics"), torch.device("cpu"))
+    return semhash.replica(HASHING | {"seed": seed}, *corpora, torch.device("cpu"), folder)
 
 
 def fit(kind: str, folder: Path, resume: str = "", die_at: int | None = None, die_at_write: int | None = None,
@@ -56,13 +66,18 @@ def fit(kind: str, folder: Path, resume: str = "", die_at: int | None = None, di
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(file)
 
-    replicas = [replica(each, 3 + 10 * i, folder / str(i)) for i, each in enumerate(KINDS[kind])]
+    def together(jobs, **options):
+        return train.fit_together([job | {"step": counted(job["step"])} for job in jobs], **options | EVERY)
+
     os.fsync = counted_fsync
     try:
-        return train.fit_together([one | {"step": counted(one["step"])} for one in replicas], steps=stop, log_every=4,
-                                  checkpoint_every=6, resume=resume)
+        if kind == "semhash":                              # its two stages are trained by its own `learn`
+            semhash.fit_together = together
+            return semhash.learn([hashing(3, folder / "0")], resume)
+        replicas = [replica(each, 3 + 10 * i, folder / str(i)) for i, each in enumerate(KINDS[kind])]
+        return together(replicas, steps=stop, resume=resume)
     finally:
-        os.fsync = fsync
+        os.fsync, semhash.fit_together = fsync, train.fit_together
         torch.set_num_threads(threads)
 
 

@@ -21,7 +21,7 @@ class Graph:
             for operation, arguments, named, result in self.tape:
                 for old, new in zip(tree_leaves(result), tree_leaves(operation(*arguments, **named)), strict=True):
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
+                        old.copy_(new.view(old.shape))                    # it may have been squeezed in place since
 
 
 class Capture(TorchDispatchMode):

@@ -16,7 +16,7 @@ from killed_training import meta
 from safetensors.torch import load_file
 from torch import nn
 
-from lib import autoencoders, data, hvae, symmetric, train
+from lib import autoencoders, bags, data, documents, hvae, semhash, symmetric, train
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 OPTIONS = {"steps": 63, "log_every": 20, "checkpoint_every": 20, "numerics": "fp32"}
@@ -315,3 +315,88 @@ def test_cpu_and_cuda_agree_on_the_first_step_and_in_distribution_on_the_next_50
         late = [torch.tensor(history[name][-100:]) for history in histories]
         apart, noise = (late[0].mean() - late[1].mean()).abs(), max(values.std() for values in late)   # of a step
         assert apart < max(0.03 * late[0].mean().abs(), noise), name
+
+
+# ------------------------------------------------------------------------------------------------ semantic hashing
+def hashing(device, dense=True, estimates=1, **changed):
+    """The arguments of `fit` for semantic hashing of the embedded documents: six batches an epoch, 100 in the last."""
+    texts = documents.load("topics")
+    s = documents.smoothing(texts.train)
+    own = {"dataset": "topics", "encoder": "e1", "input": "", "bits": 16, "decoder_depth": 0, "hidden": 32,
+           "estimator": "disarm", "kl": "sampled", "batch_size": 300, "lr": 3e-3, "seed": 1, "precision": "fp32",
+           "epochs": 5, "finetune_estimates": estimates} | changed
+    corpora = bags.Corpus(texts.train, s, device, dense=dense), bags.Corpus(texts.test, s, device)
+    one = semhash.replica(own, *corpora, torch.device(device))
+    return semhash.job(one, estimates=estimates)
+
+
+HASHING = {"steps": 26, "log_every": 6, "checkpoint_every": 600, "steps_per_replay": 6}
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "bf16"])
+@pytest.mark.parametrize("changed", [
+    {}, {"kl": "analytic", "estimates": 3}, {"estimator": "arm", "encoder": "e3"},
+    {"estimator": "reinforce-loo", "encoder": "e2", "decoder_depth": 1}, {"estimator": "zgr", "decoder_depth": 2}])
+def test_replays_of_semantic_hashing_are_its_eager_steps(device, changed, numerics):
+    """Weights, moments, noise, history with its evaluations; what fills up the last batch is in the graph, too."""
+    one, other = (hashing(device, **changed) for _ in range(2))
+    histories = [train.fit(**each, **HASHING, numerics=numerics, graph=graph)
+                 for each, graph in ((one, True), (other, False))]
+    assert histories[0] == histories[1] and histories[0]["step"] == [6, 12, 18, 24, 26]
+    own, eager = (each["state"] for each in (one, other))
+    assert all(map(torch.equal, own["model"].parameters(), eager["model"].parameters()))
+    for name in ("generator", "test_generator"):
+        assert torch.equal(own[name].get_state(), eager[name].get_state())
+    for moments, others in zip(*(each["optimizer"].state.values() for each in (own, eager)), strict=True):
+        assert all(torch.equal(moments[key], others[key]) for key in others)
+
+
+def test_most_steps_of_semantic_hashing_are_replayed_and_learn(device, monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+    history = train.fit(**hashing(device), **HASHING)
+    assert len(replays) == 3                                      # steps 6 to 23; the others warm up or are left over
+    assert history["test_nelbo"][-1] < history["test_nelbo"][0] - 5
+
+
+@GPU
+def test_on_cuda_training_documents_are_dense_for_sparse_ones_cannot_be_captured():
+    train_set, test_set = semhash.corpora(documents.load("topics"), torch.device("cuda"))
+    assert train_set.dense.dtype == torch.int16 and train_set.dense.is_cuda and test_set.dense is None
+    with pytest.raises(train.TrainError, match="cannot be captured in a CUDA graph"):
+        train.fit(**hashing("cuda", dense=False), **HASHING)
+
+
+@GPU
+@pytest.mark.parametrize("dense", [False, True])
+def test_bags_on_cuda_are_those_of_the_cpu(dense):
+    """Projection, cross-entropy and every gradient, of documents that are absent or empty too."""
+    counts = torch.poisson(torch.full((50, 40), 0.4), generator=train.generator(1))
+    counts[[0, 7, 49]] = 0
+    items, s = torch.tensor([7, 49, 3, -1, 0, 12, 12]), torch.full((40,), 1 / 40)
+    values = [torch.randn(*shape, generator=train.generator(i)) for i, shape in enumerate([(2, 7, 9), (40, 9), (40,)])]
+    seen = []
+    for place in ("cpu", "cuda"):
+        bag = bags.Corpus(counts.to_sparse_csr(), s, place, dense=dense and place == "cuda").batch(items.to(place))
+        h, weight, bias = (value.to(place).requires_grad_() for value in values)
+        with train.precision("fp32", torch.device(place)):
+            found = bags.cross_entropy(h, weight, bias, bag, torch.arange(7.0, device=place))
+            projected = bag.project(weight)
+            gradients = torch.autograd.grad(found[0] + projected.square().sum(), (h, weight, bias))
+        seen.append([part.detach().cpu() for part in (*found, projected, *gradients)])
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+
+
+@GPU
+@pytest.mark.parametrize("changed", [{}, {"encoder": "e2", "decoder_depth": 1}, {"estimator": "zgr"}])
+def test_cpu_and_cuda_agree_on_semantic_hashing(changed):
+    """The same evaluation of the same weights; the noise differs, so the training agrees in distribution."""
+    jobs = [hashing(place, place == "cuda", **changed) for place in ("cpu", "cuda")]
+    before = [job["look"]() for job in jobs]
+    for name in ("test_kl", "bit_entropy", "bit_correlation"):
+        assert before[1][name].item() == pytest.approx(before[0][name].item(), rel=1e-3, abs=1e-4), name
+    assert before[1]["test_nelbo"].item() == pytest.approx(before[0]["test_nelbo"].item(), rel=0.01)
+    cpu, cuda = (train.fit(**job, steps=120, log_every=6, numerics="fp32") for job in jobs)
+    for name in ("loss", "kl", "nll_per_word", "test_nelbo", "test_kl"):
+        assert cuda[name][0] == pytest.approx(cpu[name][0], rel=0.03), name
+        assert cuda[name][-1] == pytest.approx(cpu[name][-1], rel=0.03), name

@@ -127,6 +127,54 @@ def test_checkpoints_leave_no_mark_in_the_history_and_are_judged_by_the_steps_si
     assert told["best"] == pytest.approx(sum(losses[10:]) / 2)
 
 
+# ------------------------------------------------------------------------------------------------ looks
+def looked_at(steps, **options):
+    """A Line whose w is looked at with noise of its own: (history, how often it was looked at, autocast there)."""
+    noise, seen = train.generator(3), []
+
+    def look():
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return {"w": model.w.double().detach(), "noise": torch.rand((), generator=noise)}
+
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = ((model.w - 3) * x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss}
+
+    history = train.fit(step, train.Shuffled(torch.ones(8), 4, seed=0), steps=steps, look=look, config={},
+                        state={"model": model, "optimizer": optimizer, "noise": noise}, **options)
+    return history, seen
+
+
+def test_what_is_looked_at_joins_every_point_of_the_history():
+    history, seen = looked_at(11, log_every=4)
+    plain, _ = line(11, log_every=4)
+    assert len(seen) == 3 and history["step"] == [4, 8, 11] and history["loss"] == plain["loss"]
+    assert history["w"] == pytest.approx([3 - 3 * 0.8 ** t for t in (4, 8, 11)])
+    assert history["noise"] == torch.rand(3, generator=train.generator(3)).tolist()
+    assert looked_at(0)[0] == {"step": []}
+
+
+@pytest.mark.parametrize("end", [3, 8, 10])
+def test_looks_leave_no_trace_in_a_resumed_run(end, tmp_path):
+    """Neither the last one of a shorter run, which the longer one has not, nor the noise that it took."""
+    looked_at(end, log_every=4, checkpoint_every=5, folder=tmp_path)
+    longer, _ = looked_at(14, log_every=4, checkpoint_every=5, folder=tmp_path, resume="latest")
+    assert longer == looked_at(14, log_every=4, checkpoint_every=5)[0]
+    again, seen = looked_at(14, log_every=4, checkpoint_every=5, folder=tmp_path, resume="latest")
+    assert again == longer and len(seen) == 1                             # of the last point, which stands for 2 steps
+
+
+def test_looks_are_taken_in_the_precision_of_the_steps():
+    """The last one too, after the loop."""
+    assert looked_at(11, log_every=4, numerics="bf16")[1] == [True, True, True]
+
+
 # ------------------------------------------------------------------------------------------------ replays
 class Noted(train.Shuffled):
     """Batches that note which steps were asked for together."""
@@ -289,6 +337,31 @@ def test_batches_are_permutations_of_each_epoch_and_a_function_of_seed_and_step(
     assert not torch.equal(train.Shuffled(long, 99, seed=2).batch(0), train.Shuffled(long, 99, seed=1).batch(0))
     with pytest.raises(train.TrainError, match="batch size"):
         train.Shuffled(data, 11, seed=1)
+
+
+@pytest.mark.parametrize(("n", "size", "per_epoch"), [(10, 4, 3), (12, 4, 3), (3, 8, 1), (1, 1, 1)])
+def test_items_are_all_seen_in_every_epoch_and_the_last_batch_is_filled_up(n, size, per_epoch):
+    batches = train.Items(n, size, 1, torch.device("cpu"))
+    assert batches.per_epoch == per_epoch
+    epochs = batches.indices(0, 3 * per_epoch).view(3, -1)
+    for epoch in epochs:
+        assert sorted(epoch[:n].tolist()) == list(range(n)) and epoch[n:].tolist() == [-1] * (per_epoch * size - n)
+    assert n < 4 or not torch.equal(epochs[0], epochs[1])
+
+
+def test_items_are_a_function_of_seed_and_step():
+    def items(seed):
+        return train.Items(10, 4, seed, torch.device("cpu"))
+    each = torch.stack([items(1).batch(t) for t in range(20)])
+    for first, count in ((0, 20), (1, 7), (2, 1), (5, 13)):
+        assert torch.equal(items(1).indices(first, count), each[first:first + count])
+    assert not torch.equal(items(2).indices(0, 20), each)
+    assert not torch.equal(items("1 finetuning").indices(0, 20), each) and torch.equal(items("1").batch(3), each[3])
+    whole = train.Shuffled(torch.arange(10), 4, 1)                       # the same order, its incomplete batch kept
+    assert torch.equal(whole.batch(1), each[1]) and torch.equal(whole.batch(2), each[3])
+    for n, size in ((10, 0), (0, 4)):
+        with pytest.raises(train.TrainError, match="batch size must be between 1 and the"):
+            train.Items(n, size, 1, torch.device("cpu"))
 
 
 def test_bf16_changes_the_numerics_and_fp32_does_not():
