@@ -39,7 +39,7 @@ class Corpus:
         self.total, self.offset = total.float().to(device), (x_log_x - total * total.log()).float().to(device)
         self.words, self.smoothing, self.device = c.sum().item(), smoothing.float().to(device), torch.device(device)
         self.crow, self.col, self.val = self.crow.to(device), self.col.to(device), c.float().to(device)
-        self.dense = counts.to_dense().to(torch.int16).to(device) if dense else None
+        self.dense = _dense(counts).to(device) if dense else None
 
     def __len__(self) -> int:
         return len(self.total)
@@ -60,6 +60,17 @@ class Corpus:
         """All documents in order, in batches of `size`."""
         for items in torch.arange(len(self), device=self.device).split(size):
             yield self.batch(items)
+
+
+def _dense(counts: Tensor) -> Tensor:
+    """int16 [N, V] of sparse CSR counts. Raises ValueError if one does not fit."""
+    if len(counts.values()) and counts.values().max() > torch.iinfo(torch.int16).max:
+        raise ValueError(f"a word is counted {counts.values().max():.0f} times in a document: at most "
+                         f"{torch.iinfo(torch.int16).max} are foreseen")
+    row = torch.repeat_interleave(torch.arange(len(counts)), counts.crow_indices().diff().cpu())
+    dense = torch.zeros(counts.shape, dtype=torch.int16)
+    dense[row, counts.col_indices().cpu()] = counts.values().to("cpu", torch.int16)
+    return dense
 
 
 class DenseBag:
@@ -129,39 +140,37 @@ def cross_entropy(h: Tensor, weight: Tensor, bias: Tensor, bag: SparseBag | Dens
     """(loss, -c . log p, -s . log p) of log p = log softmax(W h + b), for S hidden vectors of each document.
 
     h [S, B, n], weight [V, n], bias [V], bag of B documents, scale [B]; the last two results are nats [S, B] without
-    gradient, their sum is the cross-entropy. loss = sum over S and B of scale times it, a 0-d tensor; the gradients of
-    its log Z for h, weight and bias are computed on the way, where gradients are enabled.
+    gradient, their sum is the cross-entropy. loss = sum over S and B of scale times it, a 0-d tensor; its gradients for
+    h, weight and bias are computed on the way, where gradients are enabled.
     """
     if not torch.is_grad_enabled():
         h, weight, bias = h.detach(), weight.detach(), bias.detach()
-    with torch.autocast(weight.device.type, enabled=False):
-        s = bag.smoothing.to(weight.dtype)
-        x_l = (h * bag.project(weight)).sum(-1) + bag.project(bias[:, None]).T
-        s_l = (h.detach() * (s @ weight.detach())).sum(-1) + s @ bias.detach()
-    loss, log_z = _LogNormaliser.apply(h, weight, bias, bag.total * scale)
-    return loss - (x_l * scale).sum(), (bag.total - 1) * log_z - (x_l.detach() - s_l), log_z - s_l
+    return _CrossEntropy.apply(h, weight, bias, bag, scale)
 
 
-class _LogNormaliser(torch.autograd.Function):
-    """(sum of scale [B] times log Z, log Z [S, B]) of the logits W h + b; the gradients are computed with it."""
-
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, scale):
-        flat, scales = h.flatten(0, 1), scale.repeat(len(h))
+    def forward(ctx, h, weight, bias, bag, scale):
+        with torch.autocast(weight.device.type, enabled=False):
+            x_w, s, column = bag.times(weight), bag.smoothing.to(weight.dtype), scale.to(weight.dtype)[:, None]
+            x_l = (h * x_w).sum(-1) + bag.times(bias[:, None]).T
+            s_l = (h * (s @ weight)).sum(-1) + s @ bias
+            need, words = ctx.needs_input_grad, len(weight)               # of -x . l first, those of log Z are added
+            grads = [(-column * x_w).repeat(len(h), 1, 1) if need[0] else None,
+                     bag.back_times(-(h * column).sum(0), words) if need[1] else None,
+                     bag.back_times(-len(h) * column, words)[:, 0] if need[2] else None]
+        flat, scales = h.flatten(0, 1), (bag.total * scale).to(weight.dtype).repeat(len(h))
         size = PART if flat.device.type == "cpu" else len(flat)
-        grads = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if need else None
-                 for t, need in zip((flat, weight, bias), ctx.needs_input_grad, strict=False)]
         log_z = torch.cat([_log_z(flat[i:i + size], weight, bias, scales[i:i + size], grads, i)
-                           for i in range(0, len(flat), size)]).view(h.shape[:2])
-        ctx.shape = h.shape
+                           for i in range(0, len(flat), size)]).view(x_l.shape)
+        counted, smooth = (bag.total - 1) * log_z - (x_l - s_l), log_z - s_l
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(log_z)
-        return (log_z * scale).sum(), log_z
+        ctx.mark_non_differentiable(counted, smooth)
+        return ((counted + smooth) * scale).sum(), counted, smooth
 
     @staticmethod
-    def backward(ctx, g, _):
-        h, weight, bias = (None if grad is None else g * grad for grad in ctx.saved_tensors)
-        return None if h is None else h.view(ctx.shape), weight, bias, None
+    def backward(ctx, g, *_):
+        return *(None if grad is None else g * grad for grad in ctx.saved_tensors), None, None
 
 
 def _log_z(h: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, grads: list, first: int) -> Tensor:
@@ -170,9 +179,9 @@ def _log_z(h: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, grads: list, 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     p = torch.softmax(logits, -1)
     if grads[0] is not None:
-        grads[0][first:first + len(h)] = (p @ weight) * scale[:, None]
+        grads[0].flatten(0, 1)[first:first + len(h)] += (p @ weight) * scale[:, None]
     if grads[1] is not None:
         grads[1] += p.T @ (h * scale[:, None])
     if grads[2] is not None:
-        grads[2].addmv_(p.T, scale.to(p.dtype))
+        grads[2].addmv_(p.T, scale)
     return logits.amax(-1) - p.amax(-1).log()                                   # the largest p is at least 1/V

@@ -47,11 +47,14 @@ class Shuffled:
 
 
 class Items(Shuffled):
-    """As Shuffled of the item numbers 0 .. n-1, but the incomplete last batch is kept, filled up with -1."""
+    """As Shuffled of the item numbers 0 .. n-1, but the incomplete last batch is kept, filled up with -1.
 
-    def __init__(self, n: int, size: int, seed: int, device: torch.device):
+    There is one batch of all of them if size > n.
+    """
+
+    def __init__(self, n: int, size: int, seed: int | str, device: torch.device):
         super().__init__(torch.arange(n, device=device), min(size, n), seed)
-        self.size, self.per_epoch = size, -(-n // size)
+        self.per_epoch = -(-n // self.size)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

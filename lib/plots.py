@@ -31,8 +31,10 @@ use_style()
 def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "", x: str = "step") -> Figure:
     """Training curves. panels: axis label -> {metric: its name in the legend}; absent metrics are left out.
 
-    x: what the history counts, `step` or `epoch`.
+    x: what the history counts, `step` or, on a logarithmic axis and without the first of many, `epoch`.
     """
+    if x == "epoch":
+        history = {name: values[len(values) // 100:] for name, values in history.items()}
     shown = {label: {m: n for m, n in lines.items() if m in history} for label, lines in panels.items()}
     shown = {label: lines for label, lines in shown.items() if lines} or {"nothing was trained": {}}
     fig, axes = plt.subplots(1, len(shown), figsize=(WIDTH, 2.7), squeeze=False)
@@ -40,6 +42,10 @@ def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "", x:
         for metric, name in lines.items():
             ax.plot(history[x], history[metric], label=name)
         ax.set(xlabel=x, ylabel=label)
+        if x == "epoch":
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("")
         if len(lines) > 1:
             ax.legend()
     if title:

@@ -145,7 +145,7 @@ def hashing(found: dict, published: dict, title: str = "") -> Figure:
         handles.append(plt.Line2D([], [], color="0.3", marker="o", label=f"obtained, {lengths[0]} epochs"))
     if lengths[1:]:
         handles.append(plt.Line2D([], [], color="0.3", ls="", marker="*", ms=11,
-                                  label=f"obtained, up to {lengths[-1]} epochs"))
+                                  label=f"obtained, longer: up to {lengths[-1]}"))
     fig.suptitle(title, fontsize=10, x=0.01, ha="left")
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
     return fig

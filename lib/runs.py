@@ -32,7 +32,8 @@ SCHEMA = 1
 NEEDED = {"schema", "experiment", "run", "parameters", "metrics", "reduced", "git", "command", "date", "figures",
           "wall_time_s"}                # without these a results.json is refused
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
-HOUSEKEEPING = ("resume", "device", "replicas")   # from what, where and beside what a run ran: not part of its name
+HOUSEKEEPING = ("resume", "device", "replicas", "query", "document")    # from what, where, beside what a run ran, and
+                                                  # what was looked at in it: not part of its name
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas", "papermill")
 
 

@@ -27,7 +27,7 @@ from lib.runs import HOUSEKEEPING
 VERDICTS = ("reproduced", "direction holds", "not reproduced", "not run")
 SECTION = ("title", "work", "source")
 REQUIRED = ("published", "experiment", "metric", "unit", "tolerance")
-OPTIONAL = ("where", "order", "resolution", "source", "pivot", "stand_in")
+OPTIONAL = ("where", "order", "resolution", "source", "pivot", "stand_in", "error")
 STAND_IN = ("metric", "unit")
 PATH = "path"                   # first of a `pivot`: the rest of the number's path goes down instead of a wildcard
 RECORD = ("experiment", "run", "seed", "parameters", "metrics", "reduced", "command")
@@ -157,6 +157,7 @@ def _row(section: str, content: dict, key: str, number, templates: list[dict]) -
         "experiment": template["experiment"], "metric": template["metric"].format(**wildcards),
         "where": _filled(template.get("where", {}), wildcards), "unit": template["unit"],
         "stand_in": _filled(template.get("stand_in", {}), wildcards) or None, "pivot": pivot,
+        "error": template.get("error", ""),
         "rest": tuple(part for part in rest.split(".") if part.strip("_")), "claims": [], "stated": str(tolerance),
         "tolerance": tolerance if _is_number(tolerance) else abs(value) * float(tolerance[:-1]) / 100,
     }
@@ -244,7 +245,7 @@ def _measured(row: dict, found: list[dict]) -> dict:
     metrics = [_metric(row, record, by) for record in chosen]
     values = [metric["value"] for metric in metrics]
     se, n = metrics[0]["se"], metrics[0]["n"]
-    bar = "one run, no error bar" if se is None else f"s.e. over the {n:,} items of one run"
+    bar = "one run, no error bar" if se is None else f"s.e. {row['error'] or f'over the {n:,} items'} of one run"
     if len(values) > 1:
         se, n, bar = stdev(values) / math.sqrt(len(values)), len(values), f"s.e. over {len(values)} seeds"
     return {

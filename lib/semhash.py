@@ -17,6 +17,7 @@ from lib.bags import Corpus, cross_entropy
 from lib.checkpoint import TrainError, find, read_meta
 from lib.documents import Documents, smoothing
 from lib.evaluate import estimate, exact
+from lib.runs import presets
 from lib.stochastic import (
     ESTIMATORS,
     antithetic,
@@ -38,7 +39,7 @@ CURVES = ({"NELBO [nats per document]": {"loss": "training", "test_nelbo": "test
            "perplexity per word": {"perplexity": "training", "test_perplexity": "test"}},
           {"NLL [nats per word]": {"nll_per_word": "training", "test_nll_per_word": "test"},
            "KL [nats per document]": {"kl": "training", "test_kl": "test"},
-           "test codes": {"bit_entropy": "entropy of a bit [bits]", "bit_correlation": "|correlation| of two"}})
+           "test codes": {"bit_entropy": "bit entropy [bits]", "bit_correlation": "|correlation|"}})
 METRICS = ("train_nelbo_final", "test_nelbo_min_as_published", "test_nelbo_min", "test_nelbo_validated",
            "test_nelbo_last", "best_epoch", "test_perplexity", "precision_at_100")
 LEARNT_FROM = ("dataset", "encoder", "input", "bits", "decoder_depth", "hidden", "estimator", "kl", "batch_size", "lr",
@@ -99,21 +100,22 @@ def initialise(model: SemanticHashing, generator: torch.Generator) -> SemanticHa
 
 # ------------------------------------------------------------------------------------------------ training
 def gradient(model: SemanticHashing, bag, code: Tensor, scale: Tensor, estimator: str, kl: str,
-             generator: torch.Generator) -> Tensor:
-    """One estimate of the gradient of sum_B scale * nelbo: added to the decoder's gradients and to code.grad.
+             generator: torch.Generator, estimates: int = 1) -> Tensor:
+    """Estimates of the gradient of sum_B scale * nelbo: their mean joins the decoder's gradients and code.grad.
 
     code: logits [B, b], a leaf; scale [B]. Returns -c.log p and -x.log p of the samples, nats [2, S, B]. With
     kl = "sampled" log q(z|x) is part of what the estimator sees, as in DisARM's and the work's code. ZGR, which goes
-    through the decoder instead, takes the analytic KL whatever `kl`, and one sample; the others take two.
+    through the decoder instead, takes the analytic KL whatever `kl`, and one sample an estimate; the others take two.
     """
-    logits = code.detach()
+    logits, u = code.detach(), []
     if estimator == "zgr":
-        drawn = zgr(code, generator)[None]
+        drawn = [zgr(code, generator) for _ in range(estimates)]
     elif estimator == "reinforce-loo":
-        drawn = torch.stack([bernoulli(logits, generator), bernoulli(logits, generator)])
+        drawn = [bernoulli(logits, generator) for _ in range(2 * estimates)]
     else:
-        *pair, u = antithetic(logits, generator)
-        drawn = torch.stack(pair)
+        *pairs, u = zip(*(antithetic(logits, generator) for _ in range(estimates)), strict=True)
+        drawn = [z for pair in zip(*pairs, strict=True) for z in pair]
+    drawn = torch.stack(drawn)
     loss, counted, smooth = model.nll(drawn, bag, scale / len(drawn))
     loss.backward()
     f = counted + smooth
@@ -122,9 +124,10 @@ def gradient(model: SemanticHashing, bag, code: Tensor, scale: Tensor, estimator
     else:
         f = f + (drawn * logits - nn.functional.softplus(logits)).sum(-1)      # + log q(z|x)
     if estimator != "zgr":
-        found = {"disarm": lambda: disarm(logits, *drawn, *f), "arm": lambda: arm(u, *f),
-                 "reinforce-loo": lambda: reinforce_loo(logits, *drawn, *f)}[estimator]()
-        found = found * scale[:, None]
+        z, other, f, f_other = drawn[::2], drawn[1::2], f[::2], f[1::2]
+        found = {"disarm": lambda: disarm(logits, z, other, f, f_other), "arm": lambda: arm(torch.stack(u), f, f_other),
+                 "reinforce-loo": lambda: reinforce_loo(logits, z, other, f, f_other)}[estimator]()
+        found = found.mean(0) * scale[:, None]
         code.grad = found if code.grad is None else code.grad + found
     return torch.stack([counted, counted + smooth])
 
@@ -149,11 +152,10 @@ def training(model: SemanticHashing, corpus: Corpus, generator: torch.Generator,
         bag, present = corpus.batch(items), (items >= 0).float()
         optimizer.zero_grad()
         logits = model.encode(bag)
-        code, scale = logits.detach().requires_grad_(), present / present.sum() / estimates
-        seen = sum(gradient(model, bag, code, scale, estimator, kl, generator).mean(1) for _ in range(estimates))
+        code, scale = logits.detach().requires_grad_(), present / present.sum()
+        counted, nll = gradient(model, bag, code, scale, estimator, kl, generator, estimates).mean(1)
         logits.backward(code.grad)
         optimizer.step()
-        counted, nll = seen / estimates
         kl_now = bernoulli_kl(logits.detach(), torch.zeros_like(code))
         return {"loss": ((nll + bag.offset + kl_now) * present).sum() * per_document,
                 "kl": (kl_now * present).sum() * per_document, "nll_per_word": (counted * present).sum() * per_word}
@@ -171,6 +173,10 @@ def check(parameters: dict) -> None:
                         ("finetune_estimates", 1), ("batch_size", 1), ("replicas", 1)):
         if parameters[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {parameters[name]}")
+    if parameters["bits"] > 255:
+        raise ValueError(f"bits must be at most 255, which is what the search holds, got {parameters['bits']}")
+    if not parameters["epochs"] + parameters["finetune_epochs"]:
+        raise ValueError("there is nothing to train: epochs and finetune_epochs are both 0")
     if parameters["lr"] <= 0:
         raise ValueError(f"the learning rate must be positive, got {parameters['lr']}")
 
@@ -205,11 +211,11 @@ def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, l
     and `look`, and from them the perplexities, exp of (-c.log p + KL) per word, upper bounds. resume, options: of
     `train.fit_together`, whose errors it raises; the fine-tuning has its own checkpoints.
     """
+    _check_stages(replicas, resume)
     own = replicas[0]["parameters"]
     stages = [("", own["epochs"], 1)]
     if own["finetune_epochs"]:
         stages.append(("finetuning", own["finetune_epochs"], own["finetune_estimates"]))
-        _check_finetuning(replicas, resume)
     histories = [{} for _ in replicas]
     for stage, epochs, estimates in stages:
         jobs = [job(one, stage, estimates) for one in replicas]
@@ -225,7 +231,7 @@ def learn(replicas: list[dict], resume: str = "", **options) -> list[dict[str, l
         for corpus, kind in ((one["train"], ""), (one["test"], "test_")):
             terms = zip(history.get(f"{kind}nll_per_word", []), history.get(f"{kind}kl", []), strict=True)
             nats = [nll + kl * len(corpus) / corpus.words for nll, kl in terms]
-            history[f"{kind}perplexity"] = torch.tensor(nats, dtype=torch.float64).exp().tolist()  # may be infinite
+            history[f"{kind}perplexity"] = [_perplexity(value) for value in nats]
     return histories
 
 
@@ -243,15 +249,19 @@ def job(one: dict, stage: str = "", estimates: int = 1) -> dict:
             "title": f"seed {own['seed']} {stage}".strip()}
 
 
-def _check_finetuning(replicas: list[dict], resume: str) -> None:
-    """Refuse at once what would be refused only after the epochs before it: a fine-tuning that began elsewhere."""
+def _check_stages(replicas: list[dict], resume: str) -> None:
+    """Refuse at once what would go wrong later: a checkpoint of another stage, a fine-tuning that began elsewhere."""
     for one in replicas:
-        path, begun = find(_stage_resume(resume, "finetuning"), one["folder"] and one["folder"] / "finetuning"), None
-        with contextlib.suppress(SafetensorError, ValueError):                 # a corrupt file: `fit_together` says so
-            begun = path and read_meta(path)["config"].get("epochs")
-        if begun not in (None, one["parameters"]["epochs"]):
-            raise TrainError(f"{path} began after {begun} epochs, this run has {one['parameters']['epochs']}: to "
-                             f"fine-tune anew resume from {path.parents[1] / 'latest.safetensors'}")
+        for stage in ("", "finetuning"):
+            path, config = find(_stage_resume(resume, stage), one["folder"] and one["folder"] / stage), {}
+            with contextlib.suppress(SafetensorError, ValueError):             # a corrupt file: `fit_together` says so
+                config = read_meta(path)["config"] if path else {}
+            if not stage and "finetune_estimates" in config:
+                raise TrainError(f"{path} is of a fine-tuning: resume from its run's folder, {path.parents[1]}")
+            if stage and config.get("epochs", one["parameters"]["epochs"]) != one["parameters"]["epochs"]:
+                raise TrainError(f"{path} began after {config['epochs']} epochs, this run has "
+                                 f"{one['parameters']['epochs']}: to fine-tune anew resume from "
+                                 f"{path.parents[1] / 'latest.safetensors'}")
 
 
 def _stage_resume(resume: str, stage: str) -> str:
@@ -260,7 +270,8 @@ def _stage_resume(resume: str, stage: str) -> str:
         return resume
     if resume in ("latest", "best"):
         return "auto"
-    return str(Path(resume) / stage) if (root() / resume / stage / "latest.safetensors").is_file() else ""
+    folder = root() / Path(resume).expanduser() / stage
+    return str(folder) if (folder / "latest.safetensors").is_file() else ""
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -293,8 +304,8 @@ def look(model: SemanticHashing, test: Corpus, generator: torch.Generator) -> di
     """What is followed from epoch to epoch on the test documents, 0-d tensors.
 
     test_nelbo, its means over the two halves of the documents (even and odd numbers), and as the work's code computes
-    it (`as_published`: an encoder that has learnt from frequencies is given counts, known
-    fault 1, and the means of batches of 256 are averaged, the last with 81 documents counting as much as the others),
+    it (`as_published`: an encoder that has learnt from frequencies is given counts, known fault 1, and the means of
+    batches of 256 are averaged, the last with 81 documents counting as much as the others),
     KL, nats per word, mean entropy of a bit of the codes over documents in bits, mean absolute correlation of two bits.
     """
     seen = evaluate(model, test, generator)
@@ -316,9 +327,9 @@ def measure(model: SemanticHashing, train: Corpus, test: Corpus, history: dict, 
     test_nelbo_min: the smallest of all epochs, at `best_epoch`, so chosen on the test documents (known fault 2);
     _as_published: the smallest as the work's code evaluates (see `look`); _validated: of the epoch that is best on one
     half of the test documents, measured on the other, both ways, averaged; _last: of the last epoch. train_nelbo_final:
-    of the training documents at the end. Their `se` is that of drawing z, by two draws a document at the end: all runs
-    share the documents, over which a NELBO's error is test_document_error. perplexity: exp of (-c.log p + KL) per word,
-    an upper bound.
+    of the training documents at the end. Their `se` is that of drawing z, by two draws a document at the end, the
+    encoder given what it has learnt from: all runs share the documents, over which a NELBO's error is
+    test_document_error. perplexity: exp of (-c.log p + KL) per word, an upper bound.
     """
     metrics, errors = {}, {}
     for name, corpus in (("train", train), ("test", test)):
@@ -332,11 +343,15 @@ def measure(model: SemanticHashing, train: Corpus, test: Corpus, history: dict, 
         nll = (one["nll"] + other["nll"]).double().sum() / 2
         metrics |= {f"{name}_kl": estimate(one["kl"], "nats per document"),
                     f"{name}_nll_per_word": exact(nll / corpus.words, "nats per word"),
-                    f"{name}_perplexity": exact(((nll + one["kl"].sum()) / corpus.words).exp(), "words")}
+                    f"{name}_perplexity": exact(_perplexity((nll + one["kl"].sum()).item() / corpus.words), "words")}
     if "test_nelbo" in history:
         found = {name: _metric(value, errors["test"], len(test)) for name, value in chosen(history).items()}
         metrics = found | {"best_epoch": exact(history["epoch"][_best(history["test_nelbo"])], "epochs")} | metrics
     return metrics
+
+
+def _perplexity(nats_per_word: float) -> float:
+    return math.exp(min(nats_per_word, 700.0))                  # beyond that no float holds it
 
 
 def chosen(history: dict) -> dict[str, float]:
@@ -355,16 +370,17 @@ def _metric(value: float, se: float, n: int) -> dict:
 
 
 def grid(records: list[dict], metric: str) -> dict:
-    """{decoder depth: {encoder: {bits: {epochs of all stages: metric}}}} of run records, as `plots.hashing` draws it.
+    """{decoder depth: {encoder: {bits: {epochs of all stages: metric}}}} of run records, as `plots_bits.hashing` draws.
 
-    Of the work's own setting only (20 Newsgroups, DisARM, the encoders' own inputs, not in bf16); over seeds the mean
-    with its standard error.
+    Of the work's own setting only: DisARM, the encoders' own inputs, and the preset `paper` but for the lengths; not in
+    bf16. Over seeds the mean with its standard error.
     """
-    own = {"dataset": "newsgroups", "input": "", "estimator": "disarm", "kl": "sampled", "precision": "tf32"}
+    own = presets("semantic-hashing")["paper"] | {"input": "", "estimator": "disarm", "kl": "sampled"}
+    own = {name: value for name, value in own.items() if name not in ("epochs", "finetune_epochs")}
     cells: dict = {}
     for record in records:
         given = record["parameters"]
-        if all(given[name] == value for name, value in own.items()):
+        if given["precision"] != "bf16" and all(given[name] == value for name, value in own.items()):
             cell = cells.setdefault(given["decoder_depth"], {}).setdefault(given["encoder"], {})
             epochs = given["epochs"] + given["finetune_epochs"]
             cell.setdefault(given["bits"], {}).setdefault(epochs, {})[given["seed"]] = record["metrics"][metric]

@@ -174,20 +174,26 @@ class _Training:
         with self._queue():
             rows = torch.cat(self.fresh).double().cpu()
         self.fresh.clear()
-        if not rows.isfinite().all():
-            row, column = (~rows.isfinite()).nonzero()[0].tolist()
-            raise TrainError(f"{self.title}: {self.names[column]} became {rows[row, column].item()} at step "
-                             f"{self.done - len(rows) + row + 1}; {checkpoint.last_good(self.folder)}; lower the "
-                             "learning rate or look at the data")
+        self._refuse_nan(self.names, rows.tolist(), self.done - len(rows) + 1)
         for name, values in zip(self.names, rows.T.tolist(), strict=True):
             self.window.setdefault(name, []).extend(values)
+
+    def _refuse_nan(self, names: list[str], rows: list[list[float]], first: int) -> None:
+        for step, row in enumerate(rows, first):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value):
+                    good = checkpoint.last_good(self.folder)
+                    raise TrainError(f"{self.title}: {name} became {value} at step {step}; {good}; lower the learning "
+                                     "rate or look at the data")
 
     def log(self) -> None:
         """Close the log window: its means, and what `look` sees now, become a point of the history."""
         if self.look:
             with self._queue():
                 seen = self.look()
-                self.window |= dict(zip(seen, torch.stack(list(seen.values())).double()[:, None].tolist(), strict=True))
+                values = torch.stack(list(seen.values())).double().tolist()
+            self._refuse_nan(list(seen), [values], self.done)
+            self.window |= {name: [value] for name, value in zip(seen, values, strict=True)}
         self.history["step"].append(self.done)
         for name, values in self.window.items():
             self.history.setdefault(name, []).append(statistics.fmean(values))

@@ -214,6 +214,14 @@ def test_a_reduced_row_is_compared_with_a_reduced_run_of_one_that_also_has_the_f
     assert "at" not in found["test.d0.e2.64"]
 
 
+def test_a_template_says_what_a_runs_own_error_is():
+    drawn = copy.deepcopy(SMALL)
+    next(t for t in drawn["toy"]["compare"] if t["experiment"] == "grid")["error"] = "of drawing the codes"
+    own = grid("e1", 64, (33, 0.1))
+    assert rows(own)["test.d0.e1.64"]["bar"] == "s.e. over the 100 items of one run"
+    assert rows(own, published=drawn)["test.d0.e1.64"]["bar"] == "s.e. of drawing the codes of one run"
+
+
 def test_several_seeds_give_mean_and_their_own_error():
     values = [-3.36, -3.38, -3.40]
     found = rows(*(record(seed=i + 1, elbo_before=(v, 9.0), elbo_after=-3.3) for i, v in enumerate(values)))

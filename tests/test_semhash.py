@@ -17,7 +17,7 @@ from direct_hashing import (
 )
 from torch import nn
 
-from lib import semhash
+from lib import runs, semhash
 from lib.train import generator
 
 MODELS = [("e1", 0), ("e2", 1), ("e3", 2)]
@@ -166,19 +166,19 @@ def test_the_epochs_that_the_tables_are_of_are_chosen_as_they_say(monkeypatch):
 def test_what_is_measured_at_the_end_is_over_all_documents_and_its_error_that_of_the_draws():
     (train, x), (test, y) = (corpus(some_counts(n, 8, 2.0, seed=n)) for n in (3000, 2000))
     model = network(8, 3, "e1", 1, scale=3.0)
-    runs = [semhash.measure(model, train, test, HISTORY, generator(i)) for i in range(30)]
+    seen = [semhash.measure(model, train, test, HISTORY, generator(i)) for i in range(30)]
     exact = enumerated(model, x, "counts").mean().item()
-    found = torch.tensor([run["train_nelbo_final"]["value"] for run in runs], dtype=torch.float64)
+    found = torch.tensor([run["train_nelbo_final"]["value"] for run in seen], dtype=torch.float64)
     assert abs(found.mean().item() - exact) < 4 * found.std().item() / math.sqrt(30)
-    assert runs[0]["train_nelbo_final"]["se"] == pytest.approx(found.std().item(), rel=0.35)
+    assert seen[0]["train_nelbo_final"]["se"] == pytest.approx(found.std().item(), rel=0.35)
     single = [semhash.evaluate(model, test, generator(i))["nelbo"].mean() for i in range(30)]
-    assert runs[0]["test_nelbo_last"]["se"] == pytest.approx(torch.stack(single).std().item(), rel=0.35)
+    assert seen[0]["test_nelbo_last"]["se"] == pytest.approx(torch.stack(single).std().item(), rel=0.35)
     for name, corpus_, dense in (("train", train, x), ("test", test, y)):
         kl = direct_kl(direct_logits(model, dense, "counts")).sum().item()
-        assert runs[0][f"{name}_kl"]["value"] == pytest.approx(kl / len(corpus_), rel=1e-5)
-        perplexity = math.exp(runs[0][f"{name}_nll_per_word"]["value"] + kl / corpus_.words)
-        assert runs[0][f"{name}_perplexity"]["value"] == pytest.approx(perplexity, rel=1e-5)
-        assert 1 < runs[0][f"{name}_nll_per_word"]["value"] < 2 * math.log(8)
+        assert seen[0][f"{name}_kl"]["value"] == pytest.approx(kl / len(corpus_), rel=1e-5)
+        perplexity = math.exp(seen[0][f"{name}_nll_per_word"]["value"] + kl / corpus_.words)
+        assert seen[0][f"{name}_perplexity"]["value"] == pytest.approx(perplexity, rel=1e-5)
+        assert 1 < seen[0][f"{name}_nll_per_word"]["value"] < 2 * math.log(8)
 
 
 def test_a_thinned_history_keeps_its_last_point():
@@ -194,12 +194,14 @@ def test_a_thinned_history_keeps_its_last_point():
 # ------------------------------------------------------------------------------------------------ run records
 def test_a_grid_is_of_the_works_setting_with_the_mean_over_seeds():
     def record(seed, value, **changed):
-        own = PARAMETERS | {"dataset": "newsgroups", "seed": seed, "epochs": 20} | changed
+        own = PARAMETERS | runs.presets("semantic-hashing")["paper"] | {
+            "seed": seed, "epochs": 20, "finetune_epochs": 0} | changed
         return {"parameters": own, "metrics": {"nelbo": {"value": value, "se": 0.1, "n": 9, "unit": "nats"}}}
     records = [record(1, 10.0), record(2, 12.0), record(1, 7.0, epochs=10, finetune_epochs=5),
                record(1, 5.0, encoder="e2", decoder_depth=1, bits=8)]
     others = [record(1, 0.0, **changed) for changed in (
-        {"dataset": "topics"}, {"input": "counts"}, {"estimator": "zgr"}, {"kl": "analytic"}, {"precision": "bf16"})]
+        {"dataset": "topics"}, {"input": "counts"}, {"estimator": "zgr"}, {"kl": "analytic"}, {"precision": "bf16"},
+        {"lr": 0.1}, {"batch_size": 9}, {"hidden": 3})]
     found = semhash.grid(records + others, "nelbo")
     assert found == {0: {"e1": {5: {20: {"value": 11.0, "se": 1.0, "n": 2, "unit": "nats"},
                                     15: records[2]["metrics"]["nelbo"]}}},
@@ -217,6 +219,8 @@ def test_a_grid_is_of_the_works_setting_with_the_mean_over_seeds():
     ({"epochs": -1}, "epochs must be at least 0"), ({"finetune_epochs": -1}, "finetune_epochs must be at least 0"),
     ({"finetune_estimates": 0}, "finetune_estimates must be at least 1"),
     ({"batch_size": 0}, "batch_size must be at least 1"), ({"replicas": 0}, "replicas must be at least 1"),
+    ({"bits": 256}, "bits must be at most 255, which is what the search holds, got 256"),
+    ({"epochs": 0, "finetune_epochs": 0}, "there is nothing to train: epochs and finetune_epochs are both 0"),
     ({"lr": 0.0}, "the learning rate must be positive, got 0.0")])
 def test_bad_parameters_are_refused_before_anything_is_trained(change, says):
     semhash.check(PARAMETERS)

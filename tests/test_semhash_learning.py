@@ -281,6 +281,13 @@ def test_a_fine_tuning_of_another_stage_is_refused(corpora, tmp_path):
         learn(corpora, tmp_path, "latest", kl="analytic")
 
 
+@pytest.mark.parametrize("name", ["finetuning", "finetuning/latest.safetensors"])
+def test_a_checkpoint_of_a_fine_tuning_is_no_beginning(name, corpora, tmp_path):
+    learn(corpora, tmp_path / "one", finetune_epochs=1)
+    with pytest.raises(TrainError, match="latest.safetensors is of a fine-tuning: resume from its run's folder, "):
+        learn(corpora, tmp_path / "other", str(tmp_path / "one" / name), epochs=4)
+
+
 def test_a_fine_tuning_that_began_elsewhere_is_refused_before_anything_is_trained(corpora, tmp_path, monkeypatch):
     learn(corpora, tmp_path / "short", finetune_epochs=1)
     monkeypatch.setattr(semhash, "look", None)                                 # an epoch would need it
@@ -319,10 +326,16 @@ def test_what_the_evaluation_draws_does_not_touch_the_training(corpora, monkeypa
     assert all(map(torch.equal, state["model"].parameters(), blind["model"].parameters()))
 
 
-def test_a_perplexity_beyond_all_numbers_is_infinite(corpora):
-    """Logits of thousands, as a learning rate that is much too large gives."""
+def test_a_perplexity_beyond_all_numbers_stays_a_number(corpora):
+    """Logits of thousands, as a learning rate that is much too large gives; a record holds finite numbers only."""
     history, _ = learn(corpora, epochs=1, lr=1e4)
-    assert history["perplexity"] == [math.inf] and math.isfinite(history["loss"][0])
+    assert history["perplexity"] == [math.exp(700)] and math.isfinite(history["loss"][0])
+
+
+def test_a_test_value_that_is_no_number_stops_the_run_where_it_came(corpora, monkeypatch):
+    monkeypatch.setattr(semhash, "look", lambda *_: {"test_nelbo": torch.tensor(math.nan)})
+    with pytest.raises(TrainError, match="seed 1: test_nelbo became nan at step "):
+        learn(corpora)
 
 
 # ------------------------------------------------------------------------------------------------ complaints

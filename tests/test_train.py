@@ -345,7 +345,8 @@ def test_items_are_all_seen_in_every_epoch_and_the_last_batch_is_filled_up(n, si
     assert batches.per_epoch == per_epoch
     epochs = batches.indices(0, 3 * per_epoch).view(3, -1)
     for epoch in epochs:
-        assert sorted(epoch[:n].tolist()) == list(range(n)) and epoch[n:].tolist() == [-1] * (per_epoch * size - n)
+        assert sorted(epoch[:n].tolist()) == list(range(n))
+        assert epoch[n:].tolist() == [-1] * (per_epoch * min(size, n) - n)
     assert n < 4 or not torch.equal(epochs[0], epochs[1])
 
 
