@@ -75,6 +75,9 @@ def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, check
     chunk = math.gcd(steps_per_replay, log_every, checkpoint_every)
     runs = [_Training(**replica, steps=steps, resume=resume, chunk=chunk, graph=graph) for replica in replicas]
     with precision(numerics, runs[0].device), _no_advice(), _progress(runs, steps) as bar:
+        for run in runs:
+            if run.done == steps > 0 and run.folder and not (run.folder / "latest.safetensors").is_file():
+                run.save()                                    # what it began with is all: its own folder says so
         while active := [run for run in runs if run.done < steps]:
             at = min(run.done for run in active)
             point = min(steps, *(at - at % every + every for every in (log_every, checkpoint_every)))

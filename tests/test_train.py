@@ -119,6 +119,14 @@ def test_a_longer_run_goes_on_from_any_end_of_a_shorter_one_without_a_trace(end,
     assert longer == straight and straight["step"] == [6, 12, 18, 20] and torch.equal(resumed.w, whole.w)
 
 
+def test_a_run_that_begins_at_its_end_leaves_a_checkpoint_in_its_own_folder(tmp_path):
+    """Else a later stage, killed and started again from that folder, would not find where it had begun."""
+    done, _ = line(9, folder=tmp_path / "one")
+    assert line(9, folder=tmp_path / "other", resume=str(tmp_path / "one"))[0] == done
+    assert line(9, folder=tmp_path / "other", resume="latest")[0] == done
+    assert meta(tmp_path / "other")["made_by"][0] == meta(tmp_path / "one")["made_by"][0]
+
+
 def test_checkpoints_leave_no_mark_in_the_history_and_are_judged_by_the_steps_since_its_last_point(tmp_path):
     history, _ = line(12, folder=tmp_path, log_every=5, checkpoint_every=4)
     assert history == line(12, log_every=5, checkpoint_every=100)[0]
