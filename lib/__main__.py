@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
     record = actions.add_parser("record", help="copy complete runs into book/results, after checking them")
     record.add_argument("run", nargs="+", help="run folders, e.g. runs/gmm/paper-seed=2")
+    record.add_argument("--without-pictures", action="store_true", help="numbers only, for one of many runs of a sweep")
     record.set_defaults(act=_record)
 
     known = actions.add_parser("data", help="list the data sets: where they are, licence, how to get them")
@@ -70,7 +71,7 @@ def _run(options) -> int:
 def _record(options) -> int:
     from lib import launch
     for folder in options.run:
-        print(launch.record(folder))
+        print(launch.record(folder, not options.without_pictures))
     return 0
 
 

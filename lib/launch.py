@@ -125,8 +125,8 @@ def _shown(folder: Path) -> str:
     return os.path.relpath(folder, root()) if folder.is_relative_to(root()) else str(folder)
 
 
-def record(folder: str) -> str:
-    """Copy a complete run's results.json and pictures into book/results; one line that says where.
+def record(folder: str, pictures: bool = True) -> str:
+    """Copy a complete run's results.json and, if asked, its pictures into book/results; one line that says where.
 
     Raises RunError if the run is not complete, was made by uncommitted code, or is recorded already with other numbers.
     """
@@ -134,6 +134,7 @@ def record(folder: str) -> str:
     found = runs.read(source / "results.json")
     if any(code["dirty"] or code["commit"] == "unknown" for code in [found["git"], *found.get("made_by", [])]):
         raise runs.RunError(f"{folder} was made by uncommitted code: commit, run again, then record")
+    found["figures"] = found["figures"] if pictures else []
     target = root() / "book" / "results" / found["experiment"] / found["run"]
     if absent := [name for name in found["figures"] if not (source / name).is_file()]:
         raise runs.RunError(f"{folder} is not complete: {', '.join(absent)} is missing; run it with --again first")

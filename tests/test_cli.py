@@ -358,6 +358,13 @@ def test_a_complete_run_is_recorded_with_its_pictures_alone(checkout, complete, 
     assert runs.records()[0]["path"] == "toy/paper-seed=2"
 
 
+def test_a_run_is_recorded_without_its_pictures_if_asked(checkout, complete, succeeds):
+    succeeds("record", "--without-pictures", complete)
+    target = checkout / "book" / "results" / "toy" / "paper-seed=2"
+    assert [path.name for path in target.iterdir()] == ["results.json"]
+    assert runs.read(target / "results.json") == runs.read(complete / "results.json") | {"figures": []}
+
+
 @pytest.mark.parametrize("git", [{"commit": "a" * 40, "dirty": True}, {"commit": "unknown", "dirty": False}])
 def test_a_run_of_uncommitted_code_is_not_recorded(checkout, complete, fails, git):
     changed(complete, git=git)
