@@ -54,7 +54,7 @@ def book(settings: dict, counts: Tensor, device: torch.device, precision: str = 
     if compiled:
         raise BenchmarkError("the step computes its gradients itself, so there is no network to compile")
     parameters = settings | {"input": "", "estimator": "disarm", "kl": "sampled", "batch_size": settings["batch"],
-                             "precision": precision, "epochs": 0, "finetune_epochs": 0,
+                             "precision": precision, "epochs": 1, "finetune_epochs": 0,
                              "finetune_estimates": settings["estimates"], "replicas": 1}
     semhash.check(parameters)
     counts = counts.cpu()                                           # where a notebook has them, too

@@ -320,6 +320,7 @@ def test_replicas_learn_as_each_would_alone(corpora):
 
 def test_what_the_evaluation_draws_does_not_touch_the_training(corpora, monkeypatch):
     history, state = learn(corpora)
+    assert state["generator"].initial_seed() != state["test_generator"].initial_seed()
     monkeypatch.setattr(semhash, "look", lambda *_: {"test_nelbo": torch.zeros(())})
     other, blind = learn(corpora)
     assert other["loss"] == history["loss"]
