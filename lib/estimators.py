@@ -195,7 +195,7 @@ def study(parameters: dict, documents: Documents, device: torch.device, folder: 
     same at all epochs. Raises ValueError: see `semhash.check` and `measure`.
     """
     own = parameters | ALONE
-    semhash.check(own)
+    semhash.check(own | {"epochs": max(1, own["epochs"])})         # none at all is a study too
     codes(own["bits"], torch.empty(0))
     if not 2 <= own["documents"] <= len(documents.train):
         raise ValueError(f"documents must be between 2 and {len(documents.train)}, got {own['documents']}")
