@@ -40,8 +40,9 @@ CURVES = ({"NELBO [nats per document]": {"loss": "training", "test_nelbo": "test
           {"NLL [nats per word]": {"nll_per_word": "training", "test_nll_per_word": "test"},
            "KL [nats per document]": {"kl": "training", "test_kl": "test"},
            "test codes": {"bit_entropy": "bit entropy [bits]", "bit_correlation": "|correlation|"}})
-METRICS = ("train_nelbo_final", "test_nelbo_min_as_published", "test_nelbo_min", "test_nelbo_validated",
-           "test_nelbo_last", "best_epoch", "test_perplexity", "precision_at_100")
+METRICS = {"test_nelbo_min_as_published": "test, as published", "test_nelbo_min": "test, min",
+           "test_nelbo_validated": "validated", "test_nelbo_last": "last", "best_epoch": "best epoch",
+           "train_nelbo_final": "train, last", "test_perplexity": "perplexity", "precision_at_100": "prec@100"}
 LEARNT_FROM = ("dataset", "encoder", "input", "bits", "decoder_depth", "hidden", "estimator", "kl", "batch_size", "lr",
                "seed", "precision")                          # the notebook's parameters that the weights depend on
 
