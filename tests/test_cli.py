@@ -73,6 +73,7 @@ def checkout(template, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "root", lambda: folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setenv("VAEBOOK_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("urllib.request._opener", None)        # made at its first use, with the proxies of that time
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY", "VAEBOOK_RUN", "VAEBOOK_PRESET"):
