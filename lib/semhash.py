@@ -18,12 +18,12 @@ from lib.checkpoint import TrainError, find, read_meta
 from lib.documents import Documents, smoothing
 from lib.evaluate import estimate, exact
 from lib.runs import presets
+from lib.search import correlations, entropies
 from lib.stochastic import (
     ESTIMATORS,
     antithetic,
     arm,
     bernoulli,
-    bernoulli_entropy,
     bernoulli_kl,
     disarm,
     reinforce_loo,
@@ -310,16 +310,14 @@ def look(model: SemanticHashing, test: Corpus, generator: torch.Generator) -> di
     KL, nats per word, mean entropy of a bit of the codes over documents in bits, mean absolute correlation of two bits.
     """
     seen = evaluate(model, test, generator)
-    nelbo, codes = seen["nelbo"].double(), (seen["logits"] > 0).float()
+    nelbo, bits = seen["nelbo"].double(), seen["logits"] > 0
     published = nelbo if model.reads == "counts" else evaluate(model, test, generator, "counts")["nelbo"].double()
-    share = codes.double().mean(0)
-    correlation = torch.corrcoef(codes.T).reshape(model.bits, model.bits).nan_to_num().abs()
+    alike = correlations(bits).abs().fill_diagonal_(0).sum() / max(1, model.bits * (model.bits - 1))
     return {"test_nelbo": nelbo.mean(), "test_nelbo_even": nelbo[::2].mean(),
             "test_nelbo_odd": nelbo[1::2].mean(),
             "test_nelbo_as_published": torch.stack([part.mean() for part in published.split(BATCHED)]).mean(),
             "test_kl": seen["kl"].mean(), "test_nll_per_word": seen["nll"].double().sum() / test.words,
-            "bit_entropy": bernoulli_entropy(torch.logit(share, eps=1e-9)).mean() / math.log(2),
-            "bit_correlation": (correlation.sum() - correlation.trace()) / max(1, model.bits * (model.bits - 1))}
+            "bit_entropy": entropies(bits).mean().to(nelbo.device), "bit_correlation": alike.to(nelbo.device)}
 
 
 def measure(model: SemanticHashing, train: Corpus, test: Corpus, history: dict, generator: torch.Generator) -> dict:
