@@ -75,6 +75,19 @@ def feeding(data: Tensor, size: int, repeats: int = 20) -> dict[str, float]:
     return found
 
 
+def looped(step: Callable[[Tensor], dict[str, Tensor]], batches: Iterator[Tensor], item_every: int) -> Callable:
+    """loop(steps) of a plain training: a step for each batch, its metrics fetched every `item_every` steps."""
+    def loop(steps: int) -> list[dict[str, float]]:
+        logged = []
+        for t, batch in zip(range(1, steps + 1), batches, strict=False):
+            metrics = step(batch)
+            if t % item_every == 0:
+                logged.append({name: value.item() for name, value in metrics.items()})
+        return logged
+
+    return loop
+
+
 # ------------------------------------------------------------------------------------------------ the two contestants
 class Plain:
     """The work's plain loop, as a careful user would write it, fed in the faster way."""

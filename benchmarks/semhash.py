@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import BenchmarkError
+from benchmarks.harness import BenchmarkError, looped
 from lib import documents, semhash
 from lib.bags import Corpus
 
@@ -121,12 +121,4 @@ def plain(settings: dict, counts: Tensor, batches, device: torch.device):
         optimizer.step()
         return {"loss": (nelbo + kl.sum(1)).mean(), "kl": kl.sum(1).mean()}
 
-    def loop(steps: int) -> list[dict[str, float]]:
-        logged = []
-        for t, batch in zip(range(1, steps + 1), batches, strict=False):
-            metrics = step(batch)
-            if t % settings["item_every"] == 0:
-                logged.append({name: value.item() for name, value in metrics.items()})
-        return logged
-
-    return loop, model
+    return looped(step, batches, settings["item_every"]), model

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import looped
 from lib import data as datasets
 from lib import symmetric
 
@@ -155,12 +156,4 @@ def plain(settings: dict, images: Tensor, batches, device: torch.device):
         return {"loss": p_z1 + p_x, "p_x": p_x / x[0].numel(), "p_z1": p_z1 / n1, "q_z0": q_z0 / n0,
                 "q_z1": q_z1 / n1} | information
 
-    def loop(steps: int) -> list[dict[str, float]]:
-        logged = []
-        for t, batch in zip(range(1, steps + 1), batches, strict=False):
-            metrics = step(batch)
-            if t % settings["item_every"] == 0:
-                logged.append({name: value.item() for name, value in metrics.items()})
-        return logged
-
-    return loop, model
+    return looped(step, batches, settings["item_every"]), model
