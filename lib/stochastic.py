@@ -26,6 +26,31 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, log_sigma: Tensor | float) -> Ten
     return terms.flatten(1).sum(1)
 
 
+def diagonal_log_prob(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """log N(z; mean, diag exp(log_var)) in nats per item: [..., d] each -> [...]."""
+    return -0.5 * ((z - mean).square() * torch.exp(-log_var) + log_var + math.log(2 * math.pi)).sum(-1)
+
+
+def mixture_log_prob(z: Tensor, means: Tensor, log_vars: Tensor) -> Tensor:
+    """log of the equal mixture of K diagonal Gaussians in nats per item: z [B, d], means and log_vars [K, d] -> [B].
+
+    The squares are multiplied out, so that the components cost a matrix product; it cancels, hence float64.
+    """
+    z, means, log_vars = z.double(), means.double(), log_vars.double()
+    inverse = torch.exp(-log_vars)
+    constant = (means.square() * inverse + log_vars).sum(1) + z.shape[1] * math.log(2 * math.pi)
+    squares = torch.cat([z.square(), z], 1) @ torch.cat([inverse, -2 * means * inverse], 1).T
+    return torch.logsumexp((-0.5 * (squares + constant)).float(), 1) - math.log(len(means))
+
+
+def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
+    """log Bernoulli(x; sigmoid(logits)) in nats per item, summed over all dimensions but the first: [B, ...] -> [B].
+
+    For x between 0 and 1 it is minus the cross-entropy, which is no log-probability.
+    """
+    return (x * logits - F.softplus(logits)).flatten(1).sum(1)
+
+
 # ------------------------------------------------------------------------------------------------ bits
 def bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Bits drawn from Bernoulli(sigmoid(logits)), as floats in {0, 1} without gradient, any shape."""
