@@ -111,6 +111,12 @@ TEXTS = {
         {"20news/20news-bydate.tar.gz": "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610"}, "14 MB",
         {"20news/20news-bydate.tar.xz": "8c7055d7d61c133ccb47904f337307e35d12c8b5da3d92ae3c1cdc85eda5556b"}),
 }
+BINARY = {"mnist-static": Source(
+    "MNIST's images binarised once (Larochelle & Murray)", "none stated", "python -m lib data --fetch mnist-static",
+    {"MNIST_static/binarized_mnist_train.amat": "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+     "MNIST_static/binarized_mnist_valid.amat": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+     "MNIST_static/binarized_mnist_test.amat": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"},
+    "110 MB")}                                                  # lib/binarised.py reads it
 WEIGHTS = {
     "inception": Source(
         "weights of the FID's Inception network (pytorch-fid)", "Apache 2.0", "python -m lib data --fetch inception",
@@ -148,7 +154,7 @@ def _known(name: str, names) -> None:
 
 
 def _source(name: str) -> Source:
-    return (SOURCES | TEXTS | WEIGHTS)[name]
+    return (SOURCES | TEXTS | BINARY | WEIGHTS)[name]
 
 
 @lru_cache(maxsize=2)
@@ -225,7 +231,7 @@ def fetch(name: str) -> Path | None:
     Returns the folder, None if no file is needed. Raises DataError: unknown name, no network, a folder that cannot be
     written, a file there already that is corrupt.
     """
-    _known(name, SOURCES | TEXTS | WEIGHTS)
+    _known(name, SOURCES | TEXTS | BINARY | WEIGHTS)
     if not _source(name).files:
         return None
     folder = find(name) or folders()[0]
@@ -247,6 +253,8 @@ def _mirrors(name: str) -> list[str]:
         return [FID_WEIGHTS_URL.rpartition("/")[0] + "/"]
     if name in ("newsgroups", "newsgroups-texts"):
         return ["http://qwone.com/~jason/20Newsgroups/", "https://people.csail.mit.edu/jrennie/20Newsgroups/"]
+    if name in BINARY:
+        return ["http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"]
     from torchvision import datasets  # slow to import: only when something is to be downloaded
 
     return {"mnist": datasets.MNIST, "fashionmnist": datasets.FashionMNIST}[name].mirrors
@@ -274,7 +282,7 @@ def _download(mirrors: list[str], target: Path, sha256: str) -> None:
 def _missing(name: str, error: Exception) -> str:
     files = _source(name).files
     absent = [next(folder / file for file in files if not (folder / file).is_file()) for folder in _places(name)]
-    what = f"data set {name} is" if name in SOURCES else f"{_source(name).what} are"
+    what = f"data set {name} is" if name in SOURCES | BINARY else f"{_source(name).what} are"
     return (f"{what} not here (looked for {', '.join(map(str, absent))}) and could not be downloaded "
             f"({error}): run `{_source(name).how}` with a network, or set VAEBOOK_DATA to a folder that has it; "
             f"{instead(name)}")
@@ -286,6 +294,8 @@ def instead(name: str) -> str:
         return "the classifier Frechet distance (CFD) needs no file and is used instead of the FID"
     if name in TEXTS:
         return "without it, documents are shown as their words and counts"
+    if name in BINARY:
+        return "without it, MNIST is binarised here, by a fixed seed"
     return f"the embedded data set {'digits' if 'mnist' in name else 'topics'!r} needs no file"
 
 
@@ -373,7 +383,7 @@ def _digest(images: Tensor) -> str:
 def listing() -> list[dict[str, str]]:
     """For `python -m lib data`, a row per data set, texts and weights: what, where, size, checksum, licence, ..."""
     rows = []
-    for name, source in (SOURCES | TEXTS | WEIGHTS).items():
+    for name, source in (SOURCES | TEXTS | BINARY | WEIGHTS).items():
         folder = find(name)
         state = "embedded" if not source.files else "missing"
         if folder:
