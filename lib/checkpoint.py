@@ -1,6 +1,8 @@
 """Checkpoints: everything that training changes, in one safetensors file; written atomically, nothing pickled."""
 import contextlib
 import json
+import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -37,14 +39,41 @@ def save_checkpoint(folder: Path, state: dict, meta: dict, best: bool) -> None:
         raise TrainError(f"{bad} is not finite after step {meta['step']}; {last_good(folder)}; lower the learning rate")
     meta = {"format": FORMAT, "device": device_of(state).type, **meta, "tree": tree}
     content = save(tensors, metadata={"meta": json.dumps(meta)})
+    if best:                                              # first: a kill between the two loses neither
+        _write(folder, "best", content, meta["step"])
+    _write(folder, "latest", content, meta["step"])
+
+
+def _write(folder: Path, name: str, content: bytes, step: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if best:                                          # first: a kill between the two loses neither
-            write_atomic(folder / "best.safetensors", content)
-        write_atomic(folder / "latest.safetensors", content)
+        write_atomic(folder / f"{name}.safetensors", content)
     except OSError as error:
-        raise TrainError(f"cannot write the checkpoint of step {meta['step']} to {folder}: {error.strerror}; "
+        raise TrainError(f"cannot write the checkpoint of step {step} to {folder}: {error.strerror}; "
                          f"{last_good(folder)}; free space or choose another folder, then resume") from None
+
+
+def judge(history: dict[str, list], window: dict[str, list], metric: str) -> float:
+    """The metric's mean over the log window under way, else its value at the history's last point; inf: not known."""
+    return statistics.fmean(window.get(metric) or history.get(metric, [math.inf])[-1:])
+
+
+def take_over_best(path: Path, folder: Path, metric: str) -> float:
+    """The value that a run in `folder` that resumes from `path` has to get below for a new best checkpoint.
+
+    It is that of the `best.safetensors` beside `path`, which after a kill may be one checkpoint ahead of `path`. A run
+    that goes on in another folder takes a copy along. inf: there is none, or it is none of the steps that led to `path`.
+    """
+    best, meta = path.parent / "best.safetensors", {"history": {}, "window": {}}
+    with contextlib.suppress(SafetensorError, OSError, ValueError):
+        meta |= read_meta(best)
+    if folder.resolve() != path.parent.resolve():
+        history = read_meta(path)["history"]
+        if "step" not in meta or any(history.get(name, [])[:len(values)] != values
+                                     for name, values in meta["history"].items()):
+            return math.inf
+        _write(folder, "best", best.read_bytes(), meta["step"])
+    return judge(meta["history"], meta["window"], metric)
 
 
 def last_good(folder: Path | None) -> str:

@@ -2,7 +2,7 @@
 
 A step is `step(batch) -> {name: 0-d tensor}`: it runs forward, backward and the optimizer(s), with static shapes, no
 host synchronisation, noise from a torch.Generator only, and changes what it changes in place. `fit` owns the rest:
-batches, CUDA graphs, history, progress, checkpoints, exact resume, the stop on NaN. Only this file and
+batches, CUDA graphs, history, progress, checkpoints, exact resume, early stopping, the stop on NaN. Only this file and
 checkpoint.py know devices, precision and checkpoints.
 
 On CUDA a few steps run eagerly; then `steps_per_replay` steps are captured into a CUDA graph and replayed. A replay
@@ -26,27 +26,31 @@ from lib import checkpoint
 from lib.batches import Items, Shuffled, Whole  # noqa: F401 (these, made_by and the numerics: for those who import train)
 from lib.checkpoint import TrainError, load_checkpoint, made_by  # noqa: F401
 from lib.numerics import PRECISIONS, adam, device, generator, precision  # noqa: F401
-from lib.runs import git_state
+from lib.runs import git_state, nearest
 
 WARM_UP = 3     # eager steps before a capture: they create the optimizers' state and the libraries' workspaces
 
 
 # ------------------------------------------------------------------------------------------------ the loop
 def fit(step, batches, *, state: dict, config: dict, folder: Path | None = None, title: str = "training", look=None,
-        **common) -> dict[str, list]:
+        stop=None, best_by: str = "loss", **common) -> dict[str, list]:
     """Run `step` on batches 0 .. steps-1 and return the history {"step": [...], metric: [mean over the log window]}.
 
     batches: Shuffled, Whole or another object with their `indices` and `at`.
     state: name -> Module, Optimizer or torch.Generator: all that changes while training; it is what a checkpoint holds.
     config: JSON-able values that the weights depend on; a checkpoint with others is refused.
-    folder: where `latest.safetensors` and `best.safetensors` (of all checkpoints the one with the lowest loss, the mean
-    of the log window that it ends or is in) are kept.
+    folder: where `latest.safetensors` and `best.safetensors`, of all checkpoints the first with the lowest `best_by`,
+    are kept.
     look: () -> {name: 0-d tensor}, called at every point of the history, which its values join, e.g. a test loss; its
     noise must be in `state`.
+    stop: (history) -> bool, asked after every log_every steps, whose point is in; True ends the training there, with a
+    checkpoint. It must depend on the history alone: then a resumed run stops at the same step, and stays stopped there.
+    best_by: a metric of the step (its mean over the log window that the checkpoint ends or is in) or of `look` (at the
+    last point: the checkpoint's own if checkpoint_every is a multiple of log_every). Without a loss there is no best.
     common: `steps` and the options of `fit_together`, of which this is the case of one; it also says what is raised.
     """
     replica = {"step": step, "batches": batches, "state": state, "config": config, "folder": folder, "title": title,
-               "look": look}
+               "look": look, "stop": stop, "best_by": best_by}
     return fit_together([replica], **common)[0]
 
 
@@ -55,9 +59,9 @@ def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, check
                  graph: bool = True) -> list[dict[str, list]]:
     """Train several models, each exactly as `fit` alone would, and return their histories.
 
-    replicas: for each model the arguments of `fit` up to look. On CUDA each has a stream and a graph of its own and
+    replicas: for each model the arguments of `fit` up to best_by. On CUDA each has a stream and a graph of its own and
     their replays overlap; on the CPU they take turns. They share neither state nor batches nor folder (the data may be
-    one tensor).
+    one tensor). One that stops leaves the others to go on.
     log_every: steps between two points of the history, the last of which is at the end; checkpoint_every: between
     checkpoints.
     resume: "" afresh, "auto" (from the folder's latest checkpoint if there is one), "latest", "best"; or, for a single
@@ -67,18 +71,18 @@ def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, check
     numerics: see `precision`. steps_per_replay: at most so many steps in a CUDA graph: as many as divide log_every and
     checkpoint_every too. graph: False runs every step eagerly. Neither changes a result; the CPU knows no graphs.
 
-    Raises TrainError: bad arguments, a metric or weight that is not finite (named with its step and the last good
-    checkpoint), a step that cannot be captured, a checkpoint that is missing, corrupt, longer or of another
-    configuration, a disk that is full.
+    Raises TrainError: bad arguments, a best_by that is no metric, a metric or weight that is not finite (named with its
+    step and the last good checkpoint), a step that cannot be captured, a checkpoint that is missing, corrupt, longer or
+    of another configuration, a disk that is full.
     """
     _check(replicas, steps, log_every, checkpoint_every, steps_per_replay, resume)
     chunk = math.gcd(steps_per_replay, log_every, checkpoint_every)
     runs = [_Training(**replica, steps=steps, resume=resume, chunk=chunk, graph=graph) for replica in replicas]
-    with precision(numerics, runs[0].device), _no_advice(), _progress(runs, steps) as bar:
+    with precision(numerics, runs[0].device), _no_advice(), _progress(runs) as bar:
         for run in runs:
-            if run.done == steps > 0 and run.folder and not (run.folder / "latest.safetensors").is_file():
+            if run.done == run.end > 0 and run.folder and not (run.folder / "latest.safetensors").is_file():
                 run.save()                                    # what it began with is all: its own folder says so
-        while active := [run for run in runs if run.done < steps]:
+        while active := [run for run in runs if run.done < run.end]:
             at = min(run.done for run in active)
             point = min(steps, *(at - at % every + every for every in (log_every, checkpoint_every)))
             behind = [run for run in active if run.done < point]
@@ -90,9 +94,11 @@ def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, check
                 run.collect()
                 if point % log_every == 0:
                     run.log()
+                    run.heed()
                     bar.set_postfix_str(f"{run.names[0]} {run.history[run.names[0]][-1]:.4g}", refresh=False)
-                if run.folder and (point % checkpoint_every == 0 or point == steps):
+                if run.folder and (point % checkpoint_every == 0 or point == run.end):
                     run.save()
+            bar.total = sum(run.end for run in runs)
             bar.update(ahead)
         return [run.result() for run in runs]
 
@@ -117,19 +123,21 @@ class _Training:
     """One model under training: what `fit_together` tells it to do, on a stream of its own if on CUDA."""
 
     def __init__(self, *, step, batches, state: dict, config: dict, folder: Path | None = None, title: str = "training",
-                 look=None, steps: int, resume: str, chunk: int, graph: bool):
-        self.look = look
+                 look=None, stop=None, best_by: str = "loss", steps: int, resume: str, chunk: int, graph: bool):
+        self.look, self.stop, self.best_by, self.end = look, stop, best_by, steps
         self.step, self.batches, self.state, self.folder, self.title = step, batches, state, folder, title
         self.config, self.device, self.chunk = json.loads(json.dumps(config)), checkpoint.device_of(state), chunk
-        self.done, self.history, meta = 0, {"step": []}, {}
+        self.done, self.history, self.best, meta = 0, {"step": []}, math.inf, {}
         if path := checkpoint.find(resume, folder):
             self.done, self.history = load_checkpoint(path, state, self.config)
             meta = checkpoint.read_meta(path)
         if self.done > steps:
             raise TrainError(f"{path} has done {self.done} steps, more than the {steps} asked for: give at least as "
                              "many")
-        self.window, self.best = meta.get("window", {}), meta.get("best", math.inf)
-        self.began, self.earlier, self.clock = self.done, meta.get("made_by", []), time.monotonic()
+        if path and folder:
+            self.best = checkpoint.take_over_best(path, folder, best_by)
+        self.window, self.earlier = meta.get("window", {}), meta.get("made_by", [])
+        self.began, self.clock = self.done, time.monotonic()
         self.code = git_state() if folder else {}
         self.names, self.rows, self.fresh = [], None, []
         self.graph, self.captures = None, graph and self.device.type == "cuda"
@@ -142,6 +150,7 @@ class _Training:
         if self.captures and index.device.type != "cuda":
             raise TrainError(f"the data are on the {index.device.type}, the model is on CUDA: move the data there too, "
                              "or pass graph=False")
+        self.heed()
 
     def _queue(self):
         return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
@@ -197,16 +206,23 @@ class _Training:
                 values = torch.stack(list(seen.values())).double().tolist()
             self._refuse_nan(list(seen), [values], self.done)
             self.window |= {name: [value] for name, value in zip(seen, values, strict=True)}
+        if self.best_by not in self.window and self.best_by != "loss":
+            raise TrainError(f"{self.title} has no metric {self.best_by!r} to choose the best checkpoint by"
+                             f"{nearest(self.best_by, self.window)}")
         self.history["step"].append(self.done)
         for name, values in self.window.items():
             self.history.setdefault(name, []).append(statistics.fmean(values))
         self.window = {}
 
+    def heed(self) -> None:
+        """Let the training end here if this is a point of the history and `stop` says so."""
+        if self.stop and self.done in self.history["step"][-1:] and self.stop(self.history):
+            self.end = self.done
+
     def save(self) -> None:
         """Write a checkpoint; the window under way is part of it, so that a resumed run logs the same points."""
-        losses = self.window.get("loss") or self.history.get("loss", [math.inf])[-1:]
-        loss = statistics.fmean(losses)
-        best, self.best = loss < self.best, min(loss, self.best)
+        value = checkpoint.judge(self.history, self.window, self.best_by)
+        best, self.best = value < self.best, min(value, self.best)
         own = self.code | {"steps": [self.began, self.done], "seconds": round(time.monotonic() - self.clock, 1)}
         meta = {"step": self.done, "config": self.config, "history": self.history, "window": self.window,
                 "best": self.best, "made_by": [*self.earlier, own]}
@@ -285,7 +301,7 @@ def interactive() -> bool:
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
 
 
-def _progress(runs: list[_Training], steps: int):
+def _progress(runs: list[_Training]):
     title = " + ".join(dict.fromkeys(run.title for run in runs)) + (f" ({len(runs)} replicas)" if len(runs) > 1 else "")
-    return tqdm(total=steps * len(runs), initial=sum(run.done for run in runs), desc=title, unit="step", leave=False,
-                disable=not interactive())
+    return tqdm(total=sum(run.end for run in runs), initial=sum(run.done for run in runs), desc=title, unit="step",
+                leave=False, disable=not interactive())
