@@ -358,11 +358,33 @@ def test_fetching_does_not_call_a_corrupt_file_present(mirrors, bare):
 # ------------------------------------------------------------------------------------------------ the list
 def test_the_list_tells_present_missing_corrupt_and_embedded(mnist, tmp_path):
     rows = {row["name"]: row for row in data.listing()}
-    assert list(rows) == [*data.SOURCES, *data.TEXTS, *data.WEIGHTS] and all(all(row.values()) for row in rows.values())
+    assert list(rows) == [*data.SOURCES, *data.TEXTS, *data.BINARY, *data.WEIGHTS]
+    assert all(all(row.values()) for row in rows.values())
     assert rows["mnist"]["state"] == f"present in {tmp_path / 'named'}"
     assert (rows["fashionmnist"]["state"], rows["digits"]["state"]) == ("missing", "embedded")
     mnist[0].write_bytes(b"damaged")
     assert f"{mnist[0]} is corrupt" in data.listing()[0]["state"]
+
+
+def test_the_static_file_of_binary_images_is_listed_and_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAEBOOK_DATA", str(tmp_path))
+    contents = {f"MNIST_static/binarized_mnist_{part}.amat": part.encode() for part in ("train", "valid", "test")}
+    assert list(data.BINARY["mnist-static"].files) == list(contents)
+    digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    monkeypatch.setitem(data.BINARY, "mnist-static", dataclasses.replace(data.BINARY["mnist-static"], files=digests))
+
+    def state():
+        return next(row["state"] for row in data.listing() if row["name"] == "mnist-static")
+    assert state() == "missing"
+    with pytest.raises(data.DataError, match="data set mnist-static is not here .*no network.* binarised here"):
+        data.fetch("mnist-static")
+    monkeypatch.setattr(data, "_download", lambda mirrors, target, sha256: target.write_bytes(
+        contents[f"MNIST_static/{target.name}"]))
+    assert data.fetch("mnist-static") == tmp_path and state() == f"present in {tmp_path}"
+    (tmp_path / list(contents)[2]).write_bytes(b"damaged")
+    assert "binarized_mnist_test.amat is corrupt" in state()
+    (tmp_path / list(contents)[2]).unlink()
+    assert state() == "missing"
 
 
 # ------------------------------------------------------------------------------------------------ real files
