@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import binarised, vampnets
+from lib import binarised, scoreboard, vampnets
 from lib.binarised import Binarised
-from lib.evaluate import active_units, estimate, exact, log_likelihood
+from lib.evaluate import active_units, estimate, exact, log_likelihood, paired
+from lib.runs import HOUSEKEEPING
 from lib.train import Shuffled, generator, load_checkpoint
 from lib.vampprior import VAE, codes, evaluate, pixels, prior, training, validation
 
@@ -18,7 +19,7 @@ MODELS = ("vae", "hvae", "convhvae")
 CURVES = {"nats per image": {"loss": "training loss", "val_loss": "validation, -ELBO"},
           "-log p(x|z) [nats]": {"rec": "training", "val_rec": "validation"},
           "KL [nats]": {"kl": "training", "val_kl": "validation"}}
-METRICS = ("log_likelihood", "elbo", "kl_z2", "kl_z1", "active_z2", "active_z1", "epochs")
+METRICS = ("log_likelihood", "elbo", "kl_z2", "kl_z1", "active_z2", "active_z1", "ess", "epochs_done")
 BOUNDS = (10, 100)                                       # IWAE-k that are reported beside ELBO and log-likelihood
 LEARNT_FROM = ("model", "prior", "dataset", "binarisation", "components", "pseudo_init", "hidden", "latent_dim",
                "warmup", "batch_size", "lr", "normalised", "seed", "precision")
@@ -114,5 +115,80 @@ def measure(model: VAE, data: Binarised, samples: int, n: int, losses: list[floa
     metrics |= {name: estimate(values, "nats per image") for name, values in terms.items() if name != "kl"}
     means = {name.removeprefix("mean_"): mean for name, mean in means.items() if name.startswith("mean_")}
     metrics |= {f"active_{name}": active_units(mean) for name, mean in means.items()}
-    metrics |= {"epochs": exact(len(losses), "epochs"), "best_epoch": exact(best_epoch(losses), "epochs")}
+    metrics |= {"epochs_done": exact(len(losses), "epochs"), "best_epoch": exact(best_epoch(losses), "epochs")}
     return metrics, means
+
+
+# ------------------------------------------------------------------------------------------------ many runs
+def pairs(records: list[dict], prior: str = "vamp") -> dict[tuple, tuple[list[float], list[float]]]:
+    """Test log-likelihoods of runs that differ in the prior alone: {setting: (with this prior, with the standard one)}.
+
+    Paired by seed. A setting is (model, dataset, binarisation, components, epochs). Of repeated runs the newest counts.
+    """
+    found: dict[tuple, dict] = {}
+    for record in sorted(records, key=lambda record: record["date"]):
+        own = record["parameters"]
+        same = tuple((name, own[name]) for name in sorted(own) if name not in ("prior", "seed", *HOUSEKEEPING))
+        found.setdefault(same, {})[own["prior"], own["seed"]] = record["metrics"]["log_likelihood"]["value"]
+    out = {}
+    for same, values in found.items():
+        seeds = sorted(seed for kind, seed in values if kind == prior and ("standard", seed) in values)
+        setting = tuple(dict(same)[name] for name in ("model", "dataset", "binarisation", "components", "epochs"))
+        if seeds:
+            out[setting] = [values[prior, seed] for seed in seeds], [values["standard", seed] for seed in seeds]
+    return out
+
+
+def published_gain(setting: tuple, prior: str = "vamp") -> float | None:
+    """What the prior gains over the standard one in a setting of `pairs`, as published; None: it is not."""
+    model, dataset, binarisation, *_ = setting
+    told = scoreboard.load()["vampprior_likelihood"].get(f"{binarisation}_{dataset}", {})
+    names = f"{model}_{prior}", f"{model}_standard"
+    return told[names[0]] - told[names[1]] if all(name in told for name in names) else None
+
+
+def described(setting: tuple) -> str:
+    """A setting of `pairs` in words."""
+    model, dataset, binarisation, components, epochs = setting
+    return f"{model}, {dataset} {binarisation}, K = {components}, {epochs} epochs"
+
+
+def claims(records: list[dict]):
+    """What each prior gains over the standard one in test log-likelihood, nats per image: a pandas DataFrame.
+
+    A row for each prior and setting: mean over the pairs of runs, their 95 % interval over seeds if there are two or
+    more, and the published gain.
+    """
+    import pandas as pd
+    rows = []
+    for kind in ("vamp", "vamp-data", "mog"):
+        for setting, (ours, standard) in pairs(records, kind).items():
+            told = published_gain(setting, kind)
+            row = {"prior": kind, "setting": described(setting), "pairs": len(ours)}
+            if len(ours) > 1:
+                gain = paired(ours, standard, "nats per image")
+                row |= {"gain": f"{gain['value']:+.2f}", "95 % interval": f"{gain['low']:+.2f} to {gain['high']:+.2f}"}
+            else:
+                row |= {"gain": f"{ours[0] - standard[0]:+.2f}", "95 % interval": "–"}
+            rows.append(row | {"published": "–" if told is None else f"{told:+.2f}"})
+    return pd.DataFrame(rows, columns=["prior", "setting", "pairs", "gain", "95 % interval", "published"])
+
+
+def by_components(records: list[dict]) -> list[tuple[int, float, float | None, str]]:
+    """(K, mean test log-likelihood, its standard error, setting) of the VampPrior wherever K was varied.
+
+    The error is over seeds if there are several, else the run's own, over its test images.
+    """
+    groups: dict[str, dict[int, list]] = {}
+    for record in records:
+        own = record["parameters"]
+        if own["prior"] == "vamp":
+            same = f"{own['model']}, {own['dataset']} {own['binarisation']}, {own['epochs']} epochs"
+            groups.setdefault(same, {}).setdefault(own["components"], []).append(record["metrics"]["log_likelihood"])
+    points = []
+    for same, sizes in groups.items():
+        for k, metrics in sizes.items() if len(sizes) > 1 else ():
+            values = torch.tensor([metric["value"] for metric in metrics])
+            over = estimate(values, "nats per image") if len(metrics) > 1 else metrics[0]
+            points.append((k, over["value"], over["se"], same))
+    return points

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import classifier, vampnets
+from lib import classifier, embedding, root, runs, vampnets
 from lib.classifier import Classifier
 from lib.data import Dataset
 from lib.evaluate import estimate, exact
@@ -96,3 +96,37 @@ def measure(model: VAE, data: Dataset, net: Classifier, batch_size: int, n_train
     inside = z.square().sum(1) <= chi2.ppf(0.99, z.shape[1])
     return metrics | {"inside_normal": estimate(inside.double(), "fraction"),
                       "code_spread": exact(z.var(0).mean().sqrt(), "latent units")}
+
+
+@torch.no_grad()
+def latent_maps(model: VAE, images: Tensor, noise: torch.Generator) -> tuple[dict, tuple[str, str], Tensor | None]:
+    """Codes of uint8 images [N, 1, 28, 28] in the plane: ({title: [N, 2]}, the axes' names, the prior's means [K, d]).
+
+    Two panels: a draw of q(z|x) and its mean, all layers together. One dimension is spread at random, more than two are
+    embedded by UMAP (then, and in an HVAE's second dimension, there are no means of the prior to show: None, [K, 1]).
+    """
+    found = codes(model, images, noise)
+    panels = {}
+    for title, kind in (("a draw of q(z|x)", ""), ("mean of q(z|x)", "mean_")):
+        z = torch.cat([found[kind + name] for name in ("z2", "z1") if kind + name in found], 1)
+        if z.shape[1] == 1:
+            z = torch.cat([z, torch.randn(z.shape, generator=noise, device=z.device)], 1)
+        panels[title] = z.cpu() if z.shape[1] == 2 else embedding.umap(z)
+    d = sum(found[name].shape[1] for name in ("z2", "z1") if name in found)
+    if d > 2:
+        return {f"UMAP of {title}": z for title, z in panels.items()}, ("UMAP 1", "UMAP 2"), None
+    axes = ("$z$", "at random") if d == 1 else ("$z_2$", "$z_1$") if model.lower else ("first of $z$", "second of $z$")
+    return panels, axes, model.components()[0].cpu()
+
+
+def grid_search(key: str, own: dict):
+    """The complete runs of a grid-search key, this one included: a pandas DataFrame, a row for each setting.
+
+    own: the record of the run under way, which is not complete before its notebook is. Columns: what differs.
+    """
+    found = [record for record in runs.records("vampprior", root() / "runs")
+             if record["parameters"].get("gs_key") == key and record["run"] != own["run"]] + [own]
+    skipped = ("seed", "gs_key", *runs.HOUSEKEEPING)
+    differ = [name for name in own["parameters"] if name not in skipped
+              and len({str(record["parameters"].get(name)) for record in found}) > 1]
+    return runs.table(found, ["elbo_val", "elbo_train", "kl_val"], differ).drop(columns="size")

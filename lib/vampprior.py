@@ -186,6 +186,12 @@ def validation(model: VAE, images: Tensor, generator: torch.Generator) -> Callab
     return look
 
 
+def by_epoch(history: dict[str, list], per_epoch: int) -> dict[str, list]:
+    """A history as it is drawn: "epoch" beside its steps, and "loss" minus the ELBO, whatever weight the KL had."""
+    loss = [rec + kl for rec, kl in zip(history.get("rec", []), history.get("kl", []), strict=True)]
+    return history | {"epoch": [step / per_epoch for step in history["step"]], "loss": loss}
+
+
 # ------------------------------------------------------------------------------------------------ evaluation
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, generator: torch.Generator, rows: int = 500) -> dict[str, Tensor]:
@@ -212,6 +218,12 @@ def codes(model: VAE, images: Tensor, generator: torch.Generator, rows: int = 50
                 found |= {"z1": reparameterise(mean, log_var, generator), "mean_z1": mean}
             parts.append(found)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def pseudo_inputs(model: VAE, n: int) -> Tensor | None:
+    """At most n pseudo-inputs of the prior as the encoder sees them, [n, 1, 28, 28] in [0, 1]; None: it has none."""
+    return model.prior.images()[:n].clone() if isinstance(model.prior, PseudoInputs) else None
 
 
 @torch.no_grad()
