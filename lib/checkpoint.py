@@ -62,7 +62,7 @@ def take_over_best(path: Path, folder: Path, metric: str) -> float:
     """The value that a run in `folder` that resumes from `path` has to get below for a new best checkpoint.
 
     It is that of the `best.safetensors` beside `path`, which after a kill may be one checkpoint ahead of `path`. A run
-    that goes on in another folder takes a copy along. inf: there is none, or it is none of the steps that led to `path`.
+    that goes on in another folder takes a copy along. inf: there is none, or not of the training that led to `path`.
     """
     best, meta = path.parent / "best.safetensors", {"history": {}, "window": {}}
     with contextlib.suppress(SafetensorError, OSError, ValueError):

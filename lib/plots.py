@@ -78,16 +78,16 @@ def image_grid(grid: Tensor, title: str = "", columns: int | None = None, xlabel
         images = grid.flatten(0, 1)
         columns = min(columns, len(images))
         grid = images[:len(images) // columns * columns].unflatten(0, (-1, columns))
-    canvas = _canvas(grid)
-    height = width * canvas.shape[0] / canvas.shape[1] + 0.3 * bool(title) + 0.3 * bool(xlabel)
+    picture = canvas(grid)
+    height = width * picture.shape[0] / picture.shape[1] + 0.3 * bool(title) + 0.3 * bool(xlabel)
     fig, ax = plt.subplots(figsize=(width, height))
-    ax.imshow(canvas, vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
     ax.set(xticks=[], yticks=[], title=title, xlabel=xlabel, ylabel=ylabel)
     ax.spines[:].set_visible(False)
     return fig
 
 
-def _canvas(grid: Tensor, gap: int = 2) -> np.ndarray:
+def canvas(grid: Tensor, gap: int = 2) -> np.ndarray:
     """[rows, columns, C, S, S] -> one array [H, W] or [H, W, 3], white gaps between."""
     rows, columns, channels, side, _ = grid.shape
     canvas = np.ones((rows * (side + gap) - gap, columns * (side + gap) - gap, channels), np.float32)
@@ -124,9 +124,9 @@ def latent_map(z: Tensor, labels: Tensor, names: tuple[str, ...], title: str = "
 
 def decoder_map(grid: Tensor, extent: float, title: str = "") -> Figure:
     """Decoded images [n, n, C, S, S] laid out over z in ±extent."""
-    canvas = _canvas(grid, gap=0)
+    picture = canvas(grid, gap=0)
     fig, ax = plt.subplots(figsize=(4.6, 4.6))
-    ax.imshow(canvas, vmin=0, vmax=1, extent=(-extent, extent, -extent, extent), interpolation="antialiased")
+    ax.imshow(picture, vmin=0, vmax=1, extent=(-extent, extent, -extent, extent), interpolation="antialiased")
     ax.set(xlabel="$z_1$", ylabel="$z_2$", title=title)
     return fig
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.evaluate import paired
-from lib.plots import MARKERS, PALETTE, WIDTH, _canvas, latent_map
+from lib.plots import MARKERS, PALETTE, WIDTH, canvas, latent_map
 
 NORMAL_95 = math.sqrt(-2 * math.log(0.05))         # radius of the disc that holds 95 % of N(0, I) in the plane: 2.45
 HISTORY = {"loss": "negative ELBO", "rec": "reconstruction, $-\\log p(x|z)$", "kl": "KL$(q\\,\\|\\,p)$, all layers"}
@@ -110,10 +110,10 @@ def grids(panels: dict[str, Tensor], columns: int | None = None, rows: tuple[str
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, side * math.ceil(n / columns) + 0.4), squeeze=False)
     for ax, (title, images) in zip(axes[0], panels.items(), strict=True):
         images = torch.cat([images.detach().cpu(), images.new_ones(-n % columns, *images.shape[1:]).cpu()])
-        ax.imshow(_canvas(images.unflatten(0, (-1, columns))), vmin=0, vmax=1, interpolation="nearest")
+        ax.imshow(canvas(images.unflatten(0, (-1, columns))), vmin=0, vmax=1, interpolation="nearest")
         ax.set(xticks=[], yticks=[], title=title, anchor="NW")
         ax.spines[:].set_visible(False)
-    pitch = images.shape[-1] + 2                                        # _canvas leaves a gap of two pixels
+    pitch = images.shape[-1] + 2                                        # canvas leaves a gap of two pixels
     axes[0, 0].set_yticks([i * pitch + pitch / 2 - 1.5 for i in range(len(rows))], rows)
     axes[0, 0].tick_params(length=0)
     return fig
