@@ -68,15 +68,15 @@ def fit_together(replicas: list[dict], *, steps: int, log_every: int = 50, check
     model, a checkpoint file or run folder, from the checkout's top if relative. A resumed run, also one that goes on
     beyond a shorter run's end, is bit-equal to an uninterrupted one, history included, on the CPU; on CUDA if its
     kernels are deterministic.
-    numerics: see `precision`. steps_per_replay: at most so many steps in a CUDA graph: as many as divide log_every and
-    checkpoint_every too. graph: False runs every step eagerly. Neither changes a result; the CPU knows no graphs.
+    numerics: see `precision`. steps_per_replay: at most so many steps in a CUDA graph: the most that divide log_every
+    and checkpoint_every. graph: False runs every step eagerly. Neither changes a result; the CPU knows no graphs.
 
     Raises TrainError: bad arguments, a best_by that is no metric, a metric or weight that is not finite (named with its
     step and the last good checkpoint), a step that cannot be captured, a checkpoint that is missing, corrupt, longer or
     of another configuration, a disk that is full.
     """
     _check(replicas, steps, log_every, checkpoint_every, steps_per_replay, resume)
-    chunk = math.gcd(steps_per_replay, log_every, checkpoint_every)
+    chunk = max(n for n in range(1, steps_per_replay + 1) if log_every % n == checkpoint_every % n == 0)
     runs = [_Training(**replica, steps=steps, resume=resume, chunk=chunk, graph=graph) for replica in replicas]
     with precision(numerics, runs[0].device), _no_advice(), _progress(runs) as bar:
         for run in runs:
