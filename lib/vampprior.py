@@ -20,6 +20,7 @@ from lib.stochastic import bernoulli_log_prob, diagonal_log_prob, mixture_log_pr
 from lib.train import adam, precision
 
 PRIORS = ("standard", "vamp", "vamp-data", "mog")
+HALF_GREY = 0.5 / 255                                    # so far inside [0, 1] clipping has a slope
 FLOOR = 1e-7                                             # under a gradient's norm, as in the paper's code
 
 
@@ -77,8 +78,9 @@ def prior(kind: str, k: int, d: int, start: str, squash: str, images: Tensor, ge
     """The prior of a kind with k components in d dimensions.
 
     start: what pseudo-inputs are at first: "images": training images, drawn at random from images [N, 1, 28, 28] in
-    uint8, themselves squashed afterwards (the port; known fault 13); "inverse": such images, squashed to what they are;
-    "noise": N(0.05, 0.01^2) (the paper's code). Raises ValueError: unknown names, k < 1.
+    uint8, then squashed, which the hard sigmoid does to [0.5, 0.7] (the port; known fault 13); "inverse": seen as such
+    images, black and white half a grey level off; "noise": N(0.05, 0.01^2) (the paper's code). Raises ValueError:
+    unknown names, k < 1.
     """
     if kind not in PRIORS:
         raise ValueError(f"unknown prior {kind!r}: use one of {', '.join(PRIORS)}")
@@ -95,7 +97,10 @@ def prior(kind: str, k: int, d: int, start: str, squash: str, images: Tensor, ge
         return PseudoInputs(chosen, "clip", learned=False)
     if start == "noise":
         return PseudoInputs(0.05 + 0.01 * torch.randn(chosen.shape, generator=generator), squash)
-    return PseudoInputs((chosen - 0.5) / 0.2 if start == "inverse" and squash == "hard-sigmoid" else chosen, squash)
+    if (start, squash) == ("images", "hard-sigmoid"):
+        return PseudoInputs(chosen, squash)
+    inside = chosen.clamp(HALF_GREY, 1 - HALF_GREY)
+    return PseudoInputs(inside if squash == "clip" else (inside - 0.5) / 0.2, squash)
 
 
 # ------------------------------------------------------------------------------------------------ the model
