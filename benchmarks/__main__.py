@@ -15,7 +15,7 @@ import sys
 from benchmarks import harness, records
 from lib import BookError, data, root, runs, train
 
-WORKS = ("symmetric", "autoencoders", "gmm", "semhash")
+WORKS = ("symmetric", "autoencoders", "gmm", "semhash", "vampprior")
 
 
 def main(argv: list[str] | None = None) -> int:
