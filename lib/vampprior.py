@@ -152,8 +152,9 @@ def training(model: VAE, generator: torch.Generator, lr: float, see: Callable | 
 
     see(batch, generator) -> images in [0, 1]; None: grey pixels. The KL's weight is epoch / warmup in the epochs 1 to
     warmup, of per_epoch steps each, then 1. normalised: the gradient of every tensor is divided by its norm before Adam
-    sees it (Yu et al. 2017; the paper's code, where a gate has two tensors, here one). The step returns loss, rec and kl
-    (of all layers, unweighted) and, in an HVAE, kl_z2 and kl_z1: nats per image. Raises ValueError: lr not positive, warmup < 0.
+    sees it (Yu et al. 2017; the paper's code, where a gate has two tensors, here one). The step returns, in nats per
+    image, loss, rec and kl (unweighted, of all layers) and, in an HVAE, kl_z2 and kl_z1. Raises ValueError: lr not
+    positive, warmup < 0.
     """
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0 epochs, got {warmup}")
