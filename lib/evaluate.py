@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from lib.numerics import precision
 
 KERNELS = ("original", "gaussian")
-ROWS = {"cpu": 1000, "cuda": 20_000}   # pairs per call of log_weights, see `log_likelihood`
+ROWS = {"cpu": 1000, "cuda": 5000}   # pairs per call of log_weights, see `log_likelihood`
 
 
 def estimate(samples: Tensor, unit: str) -> dict:
@@ -274,7 +274,7 @@ def log_likelihood(log_weights: Callable[[Tensor, int], Tensor], images: Tensor,
 
     A call is asked for at most `rows` pairs (image, draw): some images with all their draws, or one with a part. The
     default is 1000 on the CPU (measured on gated 300-unit nets: flat from 750 to 2000, half as fast from 10,000) and
-    20,000 on CUDA (not measured), where a row of a wide convolutional decoder takes 1 MB. One image's weights are kept
+    5000 on CUDA (not measured), where a row of a wide convolutional decoder takes 1 MB. One image's weights are kept
     whole (8 bytes a draw) and summed in float64; full float32 is set here for log_weights, whatever the caller trains
     in. What does not depend on x, as a VampPrior's components, log_weights should compute once, outside.
 

@@ -137,7 +137,7 @@ def loss_history(history: dict[str, list[float]], title: str = "", best: float |
     """Negative ELBO, reconstruction and KL in nats per image: training solid, validation dashed, three panels.
 
     history: epoch (or step) and some of loss, rec, kl, val_loss, val_rec, val_kl; a panel without any is left out.
-    The training's loss is of the weighted KL while a warm-up lasts.
+    Give `vampprior.by_epoch` of a history with a warm-up: its own loss is of the weighted KL.
     best: the epoch that was kept, a dotted line. Of 20 epochs or more the first tenth does not count for the vertical
     axes, which it may leave. Raises ValueError: a history without any of these.
     """
@@ -194,54 +194,12 @@ def by_components(points: list[tuple[int, float, float | None, str]], title: str
     return fig
 
 
-def beside_published(found: dict[str, dict[str, dict]], published: dict[str, dict], counted: str = "runs",
-                     title: str = "", xlabel: str = "test log-likelihood [nats per image]") -> Figure:
-    """Published against obtained: a row per setting, in it a line per prior, e.g. {"VAE": {"vamp": metric}}.
-
-    published: the same with numbers, or (number, half-width), as in published.yml. Ours is filled with its 95 %
-    interval: low and high of the metric if it has them (`paired`, or Student's), else ±1.96 standard errors; its n is
-    written beside it, of what `counted` says.
-    """
-    settings = list(dict.fromkeys([*published, *found]))
-    priors = list(dict.fromkeys(prior for of in (published, found) for row in of.values() for prior in row))
-    fig, ax = plt.subplots(figsize=(WIDTH, 1.1 + 0.24 * len(settings) * max(2, len(priors))))
-    for i, setting in enumerate(settings):
-        for j, prior in enumerate(priors):
-            y, style = i + 0.32 * (j - (len(priors) - 1) / 2), {"color": PALETTE[j], "marker": MARKERS[j], "ls": ""}
-            if (told := published.get(setting, {}).get(prior)) is not None:
-                value, half = told if isinstance(told, Sequence) else (told, None)
-                _finite(f"{setting}, {prior}: published", [value, half or 0])
-                ax.errorbar(value, y, xerr=half, mfc="white", ms=8, elinewidth=1, **style)
-            if metric := found.get(setting, {}).get(prior):
-                low, high = _interval(metric, f"{setting}, {prior}")
-                ax.hlines(y, low, high, color=PALETTE[j], lw=2)
-                ax.plot(metric["value"], y, ms=5, **style)
-                ax.text(1.01, y, f"$n$ = {metric['n']:,}", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
-    _rows(ax, settings)
-    ax.set(xlabel=xlabel, title=title)
-    dot = {"ls": "", "marker": "o", "c": "0.3"}
-    fig.legend(handles=[*(plt.Line2D([], [], ls="", marker=MARKERS[j], c=PALETTE[j], ms=5, label=f"{prior} prior")
-                          for j, prior in enumerate(priors)),
-                        plt.Line2D([], [], mfc="white", ms=8, **dot, label="published"),
-                        plt.Line2D([], [], ms=5, **dot, label=f"obtained, 95 % interval over $n$ {counted}")],
-               loc="outside lower center", ncols=len(priors) + 2, columnspacing=1.2, handletextpad=0.3)
-    return fig
-
-
 def _rows(ax, names: list[str]) -> None:
     """Names of the rows 0, 1, ..., from above, and lines between them."""
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.45, -0.55))
     ax.tick_params(axis="y", length=0)
     for i in range(len(names) - 1):
         ax.axhline(i + 0.5, color="0.85", lw=0.8)
-
-
-def _interval(metric: dict, what: str) -> tuple[float, float]:
-    """The metric's 95 % interval; without a standard error the value itself."""
-    half = 1.96 * (metric.get("se") or 0.0)
-    low, high = metric.get("low", metric["value"] - half), metric.get("high", metric["value"] + half)
-    _finite(f"{what}: obtained", [low, metric["value"], high])
-    return low, high
 
 
 def improvement(pairs: dict[str, tuple[Sequence[float], Sequence[float]]], published: dict[str, float] | None = None,

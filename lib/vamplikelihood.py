@@ -12,14 +12,12 @@ from lib import binarised, scoreboard, vampnets
 from lib.binarised import Binarised
 from lib.evaluate import active_units, estimate, exact, log_likelihood, paired
 from lib.runs import HOUSEKEEPING
-from lib.train import Shuffled, generator, load_checkpoint
+from lib.train import Shuffled, generator, load_checkpoint, precision
 from lib.vampprior import VAE, codes, evaluate, pixels, prior, training, validation
 
 MODELS = ("vae", "hvae", "convhvae")
-CURVES = {"nats per image": {"loss": "training loss", "val_loss": "validation, -ELBO"},
-          "-log p(x|z) [nats]": {"rec": "training", "val_rec": "validation"},
-          "KL [nats]": {"kl": "training", "val_kl": "validation"}}
 METRICS = ("log_likelihood", "elbo", "kl_z2", "kl_z1", "active_z2", "active_z1", "ess", "epochs_done")
+OF_PRIOR = ("components", "pseudo_init")                 # parameters that the standard prior does not have
 BOUNDS = (10, 100)                                       # IWAE-k that are reported beside ELBO and log-likelihood
 LEARNT_FROM = ("model", "prior", "dataset", "binarisation", "components", "pseudo_init", "hidden", "latent_dim",
                "warmup", "batch_size", "lr", "normalised", "seed", "precision")
@@ -27,11 +25,12 @@ LEARNT_FROM = ("model", "prior", "dataset", "binarisation", "components", "pseud
 
 def check(parameters: dict) -> None:
     """Raise ValueError, before anything is trained, for values that would fail or mean nothing later."""
-    for name in ("epochs", "batch_size", "samples", "n_likelihood"):
-        if parameters[name] < (0 if name in ("epochs", "n_likelihood") else 1):
-            raise ValueError(f"{name} is too small: {parameters[name]}")
-    if parameters["patience"] < 1:
-        raise ValueError(f"patience must be at least 1 epoch, got {parameters['patience']}")
+    for name, least in {"epochs": 1, "batch_size": 1, "warmup": 0, "patience": 1, "samples": 1,
+                        "n_likelihood": 0}.items():
+        if parameters[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {parameters[name]}")
+    if parameters["pseudo_init"] not in ("noise", "images"):
+        raise ValueError(f"unknown pseudo_init {parameters['pseudo_init']!r}: use noise or images")
 
 
 def bounds(samples: int) -> tuple[int, ...]:
@@ -95,21 +94,23 @@ def measure(model: VAE, data: Binarised, samples: int, n: int, losses: list[floa
             noise: torch.Generator) -> tuple[dict[str, dict], dict[str, Tensor]]:
     """(metrics, means of the codes) on the test images, the likelihood on n random ones of them (0: all).
 
-    losses: the validation losses of the epochs. elbo, rec, kl_* at one draw an image; active_*: units whose mean varies
-    (Burda et al. 2015); ess: effective sample size, a warning if it is small.
+    losses: the validation losses of the epochs. elbo, rec, kl_* of all test images at one draw each; log_likelihood,
+    iwae_k (iwae_1: the ELBO at all draws) and ess of the chosen ones; active_*: units whose mean, in the lower layer at
+    the drawn z2, varies over all of them (Burda et al. 2015).
     """
     device = noise.device
     test = data.test.to(device)
     chosen = torch.randperm(len(test), generator=generator(0, use="likelihood images"))[:n or len(test)].to(device)
-    components = model.components()
+    with precision("fp32", device):
+        components = model.components()
 
     def log_weights(x: Tensor, k: int) -> Tensor:
         rec, *kls = model.terms(x, noise, components, k)
         return rec - sum(kls)
 
     found = log_likelihood(log_weights, pixels(test[chosen]), samples, bounds(samples))
-    metrics = {name: estimate(values, "draws" if name == "ess" else "nats per image") for name, values in found.items()
-               if name != "elbo"}
+    found["iwae_1"] = found.pop("elbo")
+    metrics = {name: estimate(values, "draws" if name == "ess" else "nats per image") for name, values in found.items()}
     terms, means = evaluate(model, test, noise), codes(model, test, noise)
     terms.setdefault("kl_z2", terms["kl"])
     metrics |= {name: estimate(values, "nats per image") for name, values in terms.items() if name != "kl"}
@@ -120,75 +121,86 @@ def measure(model: VAE, data: Binarised, samples: int, n: int, losses: list[floa
 
 
 # ------------------------------------------------------------------------------------------------ many runs
-def pairs(records: list[dict], prior: str = "vamp") -> dict[tuple, tuple[list[float], list[float]]]:
-    """Test log-likelihoods of runs that differ in the prior alone: {setting: (with this prior, with the standard one)}.
+def gains(records: list[dict]) -> list[dict]:
+    """What each prior gains over the standard one: runs that differ in nothing else, images included, paired by seed.
 
-    Paired by seed. A setting is (model, dataset, binarisation, components, epochs). Of repeated runs the newest counts.
+    A dict for each prior and setting: prior, setting (in words), ours and standard (test log-likelihoods, nats per
+    image, in the same order of seeds), published (the gain, None if it is not). Of repeated runs the newest counts.
     """
-    found: dict[tuple, dict] = {}
+    standard, groups = {}, {}
     for record in sorted(records, key=lambda record: record["date"]):
-        own = record["parameters"]
-        same = tuple((name, own[name]) for name in sorted(own) if name not in ("prior", "seed", *HOUSEKEEPING))
-        found.setdefault(same, {})[own["prior"], own["seed"]] = record["metrics"]["log_likelihood"]["value"]
-    out = {}
-    for same, values in found.items():
-        seeds = sorted(seed for kind, seed in values if kind == prior and ("standard", seed) in values)
-        setting = tuple(dict(same)[name] for name in ("model", "dataset", "binarisation", "components", "epochs"))
+        own, value = record["parameters"], record["metrics"]["log_likelihood"]["value"]
+        same = _same(record, ("prior", *OF_PRIOR))
+        if own["prior"] == "standard":
+            standard[same, own["seed"]] = value
+        else:
+            groups.setdefault((_same(record, ()), same), {})[own["seed"]] = value
+    names = _in_words([dict(setting) for setting, _ in groups])
+    found = []
+    for ((setting, same), values), name in zip(groups.items(), names, strict=True):
+        own, seeds = dict(setting), [seed for seed in sorted(values) if (same, seed) in standard]
         if seeds:
-            out[setting] = [values[prior, seed] for seed in seeds], [values["standard", seed] for seed in seeds]
-    return out
+            found.append({"prior": own["prior"], "setting": name, "ours": [values[seed] for seed in seeds],
+                          "standard": [standard[same, seed] for seed in seeds], "published": _published_gain(own)})
+    return found
 
 
-def published_gain(setting: tuple, prior: str = "vamp") -> float | None:
-    """What the prior gains over the standard one in a setting of `pairs`, as published; None: it is not."""
-    model, dataset, binarisation, *_ = setting
-    told = scoreboard.load()["vampprior_likelihood"].get(f"{binarisation}_{dataset}", {})
-    names = f"{model}_{prior}", f"{model}_standard"
+def _same(record: dict, without: tuple[str, ...]) -> tuple:
+    """What must agree for two records to be of one setting: all parameters but these, and the data."""
+    skipped = ("seed", *without, *HOUSEKEEPING)
+    own = {name: value for name, value in record["parameters"].items() if name not in skipped}
+    return tuple((own | {"data": record["dataset"]["sha256"][:8]}).items())
+
+
+def _in_words(settings: list[dict]) -> list[str]:
+    """Settings as a reader knows them; what else they differ in comes after that."""
+    usual = ("model", "dataset", "binarisation", "components", "epochs", "prior")
+    differ = [name for name in (settings[0] if settings else ())
+              if name not in usual and len({str(own[name]) for own in settings}) > 1]
+    return [", ".join([f"{own['model']}, {own['dataset']} {own['binarisation']}, K = {own['components']}, "
+                       f"{own['epochs']} epochs", *(f"{name} {own[name]}" for name in differ)]) for own in settings]
+
+
+def _published_gain(own: dict) -> float | None:
+    told = scoreboard.load()["vampprior_likelihood"].get(f"{own['binarisation']}_{own['dataset']}", {})
+    names = f"{own['model']}_{own['prior']}", f"{own['model']}_standard"
     return told[names[0]] - told[names[1]] if all(name in told for name in names) else None
 
 
-def described(setting: tuple) -> str:
-    """A setting of `pairs` in words."""
-    model, dataset, binarisation, components, epochs = setting
-    return f"{model}, {dataset} {binarisation}, K = {components}, {epochs} epochs"
-
-
 def claims(records: list[dict]):
-    """What each prior gains over the standard one in test log-likelihood, nats per image: a pandas DataFrame.
-
-    A row for each prior and setting: mean over the pairs of runs, their 95 % interval over seeds if there are two or
-    more, and the published gain.
-    """
+    """`gains` as a pandas DataFrame: mean gain, 95 % interval over seeds if there are two or more, published gain."""
     import pandas as pd
     rows = []
-    for kind in ("vamp", "vamp-data", "mog"):
-        for setting, (ours, standard) in pairs(records, kind).items():
-            told = published_gain(setting, kind)
-            row = {"prior": kind, "setting": described(setting), "pairs": len(ours)}
-            if len(ours) > 1:
-                gain = paired(ours, standard, "nats per image")
-                row |= {"gain": f"{gain['value']:+.2f}", "95 % interval": f"{gain['low']:+.2f} to {gain['high']:+.2f}"}
-            else:
-                row |= {"gain": f"{ours[0] - standard[0]:+.2f}", "95 % interval": "–"}
-            rows.append(row | {"published": "–" if told is None else f"{told:+.2f}"})
+    for gain in gains(records):
+        row = {"prior": gain["prior"], "setting": gain["setting"], "pairs": len(gain["ours"])}
+        if row["pairs"] > 1:
+            found = paired(gain["ours"], gain["standard"], "nats per image")
+            row |= {"gain": f"{found['value']:+.2f}", "95 % interval": f"{found['low']:+.2f} to {found['high']:+.2f}"}
+        else:
+            row |= {"gain": f"{gain['ours'][0] - gain['standard'][0]:+.2f}", "95 % interval": "–"}
+        rows.append(row | {"published": "–" if gain["published"] is None else f"{gain['published']:+.2f}"})
     return pd.DataFrame(rows, columns=["prior", "setting", "pairs", "gain", "95 % interval", "published"])
 
 
 def by_components(records: list[dict]) -> list[tuple[int, float, float | None, str]]:
-    """(K, mean test log-likelihood, its standard error, setting) of the VampPrior wherever K was varied.
+    """(K, test log-likelihood, its standard error, setting) of the VampPrior wherever nothing but K was varied.
 
-    The error is over seeds if there are several, else the run's own, over its test images.
+    Of the seeds that ran with every K: the mean and its error over them or, of a single one, the run's own error, over
+    its test images. Of repeated runs the newest counts.
     """
-    groups: dict[str, dict[int, list]] = {}
-    for record in records:
+    groups: dict[tuple, dict[int, dict]] = {}
+    for record in sorted(records, key=lambda record: record["date"]):
         own = record["parameters"]
         if own["prior"] == "vamp":
-            same = f"{own['model']}, {own['dataset']} {own['binarisation']}, {own['epochs']} epochs"
-            groups.setdefault(same, {}).setdefault(own["components"], []).append(record["metrics"]["log_likelihood"])
+            sizes = groups.setdefault(_same(record, ("components",)), {})
+            sizes.setdefault(own["components"], {})[own["seed"]] = record["metrics"]["log_likelihood"]
     points = []
-    for same, sizes in groups.items():
-        for k, metrics in sizes.items() if len(sizes) > 1 else ():
-            values = torch.tensor([metric["value"] for metric in metrics])
-            over = estimate(values, "nats per image") if len(metrics) > 1 else metrics[0]
-            points.append((k, over["value"], over["se"], same))
+    for setting, sizes in groups.items():
+        own, seeds = dict(setting), sorted(set.intersection(*(set(runs) for runs in sizes.values())))
+        for k, runs in sizes.items() if len(sizes) > 1 and seeds else ():
+            metric = runs[seeds[0]]
+            if len(seeds) > 1:
+                metric = estimate(torch.tensor([runs[seed]["value"] for seed in seeds]), metric["unit"])
+            name = f"{own['model']}, {own['dataset']} {own['binarisation']}, {own['epochs']} epochs"
+            points.append((k, metric["value"], metric["se"], name))
     return points

@@ -4,6 +4,7 @@ x: images [B, 1, 28, 28] in [0, 1]. z2: the upper latent, whose prior is under t
 p(z1|z2) and q(z1|x, z2). The port calls them z and z0. Every Gaussian is diagonal, its log variance clipped to [-6, 2].
 """
 import math
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,9 +13,19 @@ from torch import Tensor, nn
 
 LOG_VARIANCE = (-6.0, 2.0)
 PIXELS = 28 * 28
+
+
+class HardSigmoid(nn.Module):
+    """clip(0.2 x + 0.5, 0, 1), TensorFlow's; PyTorch's has the slope 1/6."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of x's shape."""
+        return (0.2 * x + 0.5).clamp(0, 1)
+
+
 ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU, "selu": nn.SELU, "gelu": nn.GELU, "silu": nn.SiLU, "swish": nn.SiLU,
-               "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "hard_sigmoid": nn.Hardsigmoid, "softplus": nn.Softplus,
-               "softsign": nn.Softsign, "leaky_relu": nn.LeakyReLU, "linear": nn.Identity}
+               "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "hard_sigmoid": HardSigmoid, "softplus": nn.Softplus,
+               "softsign": nn.Softsign, "leaky_relu": partial(nn.LeakyReLU, 0.2), "linear": nn.Identity}
 
 
 class Gaussian(nn.Module):
@@ -25,8 +36,10 @@ class Gaussian(nn.Module):
         self.mean, self.log_var = nn.Linear(width, d), nn.Linear(width, d)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, each [B, d]."""
-        return self.mean(h).float(), self.log_var(h).float().clamp(*LOG_VARIANCE)
+        """Mean and log variance, each [B, d]. bf16 would be too coarse: codes far out would have few values."""
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.float()
+            return self.mean(h), self.log_var(h).clamp(*LOG_VARIANCE)
 
 
 class Encoder(nn.Module):

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from lib import classifier, embedding, root, runs, vampnets
+from lib.binarised import GREY
 from lib.classifier import Classifier
 from lib.data import Dataset
 from lib.evaluate import estimate, exact
 from lib.train import Shuffled, generator
 from lib.vampprior import VAE, codes, evaluate, prior, sample, training, validation
 
-CURVES = {"-ELBO [nats per image]": {"loss": "training", "val_loss": "validation"},
-          "reconstruction [nats]": {"rec": "training", "val_rec": "validation"},
-          "KL [nats]": {"kl": "training", "val_kl": "validation"}}
+NET = ("model", "latent_dim", "network_size", "activation")
 METRICS = ("elbo_val", "elbo_train", "elbo_val_by_batches", "kl_val", "cfd_prior", "cfd_normal", "inside_normal",
            "code_spread")
 LEARNT_FROM = ("model", "prior", "dataset", "lr", "batch_size", "latent_dim", "network_size", "activation",
@@ -26,11 +25,14 @@ LEARNT_FROM = ("model", "prior", "dataset", "lr", "batch_size", "latent_dim", "n
 
 def check(parameters: dict) -> None:
     """Raise ValueError, before anything is trained, for values that would fail or mean nothing later."""
-    for name, least in {"epochs": 0, "n_train": 0, "n_generated": 2}.items():
+    for name, least in {"epochs": 1, "batch_size": 1, "n_train": 0, "n_generated": 2, "components": 1}.items():
         if parameters[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {parameters[name]}")
-    if parameters["pseudo_init"] not in ("images", "inverse"):
-        raise ValueError(f"unknown pseudo_init {parameters['pseudo_init']!r}: use images or inverse")
+    for name, known in {"dataset": GREY, "prior": ("standard", "vamp"), "pseudo_init": ("images", "inverse")}.items():
+        if parameters[name] not in known:
+            raise ValueError(f"unknown {name} {parameters[name]!r}: use {', '.join(known)}")
+    with torch.device("meta"):
+        vampnets.port(*(parameters[name] for name in NET))
 
 
 def build(parameters: dict, images: Tensor) -> VAE:
@@ -39,7 +41,7 @@ def build(parameters: dict, images: Tensor) -> VAE:
     Raises ValueError: see `vampnets.port` and `vampprior.prior`.
     """
     weights = generator(parameters["seed"], use="weights")
-    nets = vampnets.port(*(parameters[name] for name in ("model", "latent_dim", "network_size", "activation")))
+    nets = vampnets.port(*(parameters[name] for name in NET))
     for net in nets.values():
         vampnets.initialise(net, "glorot", weights)
     d = parameters["latent_dim"] // (2 if "lower" in nets else 1)
@@ -119,14 +121,15 @@ def latent_maps(model: VAE, images: Tensor, noise: torch.Generator) -> tuple[dic
     return panels, axes, model.components()[0].cpu()
 
 
-def grid_search(key: str, own: dict):
-    """The complete runs of a grid-search key, this one included: a pandas DataFrame, a row for each setting.
+def grid_search(key: str, saved: list[dict]):
+    """The complete runs of a grid-search key, the present ones included: a pandas DataFrame, a row for each setting.
 
-    own: the record of the run under way, which is not complete before its notebook is. Columns: what differs.
+    saved: the records of the notebook under way, which are not complete before it is. Columns: what differs.
     """
-    found = [record for record in runs.records("vampprior", root() / "runs")
-             if record["parameters"].get("gs_key") == key and record["run"] != own["run"]] + [own]
+    own = {record["run"] for record in saved}
+    found = saved + [record for record in runs.records("vampprior", root() / "runs")
+                     if record["parameters"].get("gs_key") == key and record["run"] not in own]
     skipped = ("seed", "gs_key", *runs.HOUSEKEEPING)
-    differ = [name for name in own["parameters"] if name not in skipped
+    differ = [name for name in saved[0]["parameters"] if name not in skipped
               and len({str(record["parameters"].get(name)) for record in found}) > 1]
     return runs.table(found, ["elbo_val", "elbo_train", "kl_val"], differ).drop(columns="size")

@@ -77,9 +77,9 @@ class PseudoInputs(nn.Module):
 def prior(kind: str, k: int, d: int, start: str, squash: str, images: Tensor, generator: torch.Generator) -> nn.Module:
     """The prior of a kind with k components in d dimensions.
 
-    start: what pseudo-inputs are at first: "images": training images, drawn at random from images [N, 1, 28, 28] in
-    uint8, then squashed, which the hard sigmoid does to [0.5, 0.7] (the port; known fault 13); "inverse": seen as such
-    images, black and white half a grey level off; "noise": N(0.05, 0.01^2) (the paper's code). Raises ValueError:
+    start: what pseudo-inputs are at first: "images": training images, drawn with replacement from images [N, 1, 28, 28]
+    in uint8, then squashed, which the hard sigmoid does to [0.5, 0.7] (the port; known fault 13); "inverse": seen as
+    such images, black and white half a grey level off; "noise": N(0.05, 0.01^2) (the paper's code). Raises ValueError:
     unknown names, k < 1.
     """
     if kind not in PRIORS:
