@@ -15,19 +15,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lib import autoencoders, data, documents, hvae, semhash, symmetric, train
+from lib import autoencoders, binarised, data, documents, hvae, semhash, symmetric, train, vamplikelihood
 
 STEPS, KILLS = 100, 6
 EVERY = {"log_every": 4, "checkpoint_every": 6}
-KINDS = {"vae": ["vae"], "aae": ["aae"], "symmetric": ["symmetric"], "semhash": ["semhash"],
+KINDS = {"vae": ["vae"], "aae": ["aae"], "symmetric": ["symmetric"], "semhash": ["semhash"], "vamp": ["vamp"],
          "replicas": ["vae", "vae"]}                                       # what is trained, together
 HASHING = {"dataset": "topics", "encoder": "e2", "input": "", "bits": 4, "decoder_depth": 2, "hidden": 6,
            "estimator": "disarm", "kl": "sampled", "epochs": 5, "finetune_epochs": 20, "finetune_estimates": 2,
            "batch_size": 410, "lr": 1e-3, "precision": "tf32"}             # STEPS in both stages, 4 an epoch
 
+VAMP = {"model": "hvae", "prior": "vamp", "dataset": "digits", "binarisation": "dynamic", "components": 4,
+        "pseudo_init": "noise", "hidden": 6, "latent_dim": 3, "warmup": 3, "patience": STEPS, "batch_size": 40,
+        "lr": 1e-3, "normalised": True, "precision": "tf32"}               # 29 steps an epoch, so that the warm-up ends
+
 
 def replica(kind: str, seed: int, folder: Path) -> dict:
     """The arguments of `train.fit` for one small model."""
+    if kind == "vamp":                                     # bits drawn in every step, looks with noise, a rule to stop
+        images = binarised.load("digits", "dynamic")
+        return vamplikelihood.replica(VAMP | {"seed": seed}, images, torch.device("cpu"), folder)
     if kind == "symmetric":                                # two players, two optimizers, running statistics, a chain
         model = hvae.initialise(hvae.build("digits", "ladder", (5, 9), 2, 20), train.generator(seed))
         step, state = symmetric.training(model, train.generator(seed + 1), "symmetric", 1e-3)

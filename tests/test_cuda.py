@@ -16,7 +16,9 @@ from killed_training import meta
 from safetensors.torch import load_file
 from torch import nn
 
-from lib import autoencoders, bags, data, documents, hvae, semhash, symmetric, train
+from lib import autoencoders, bags, binarised, data, documents, hvae, semhash, symmetric, train, vampprior
+from lib import vamplikelihood as paper
+from lib import vampport as port
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 OPTIONS = {"steps": 63, "log_every": 20, "checkpoint_every": 20, "numerics": "fp32"}
@@ -400,3 +402,62 @@ def test_cpu_and_cuda_agree_on_semantic_hashing(changed):
     for name in ("loss", "kl", "nll_per_word", "test_nelbo", "test_kl"):
         assert cuda[name][0] == pytest.approx(cpu[name][0], rel=0.03), name
         assert cuda[name][-1] == pytest.approx(cpu[name][-1], rel=0.03), name
+
+
+# ------------------------------------------------------------------------------------------------ VampPrior
+VAMP = {"model": "hvae", "prior": "vamp", "dataset": "digits", "components": 7, "latent_dim": 4, "batch_size": 100,
+        "lr": 1e-3, "seed": 1, "precision": "fp32", "binarisation": "dynamic", "pseudo_init": "noise", "hidden": 20,
+        "warmup": 3, "patience": 50, "normalised": True}                  # 11 steps an epoch
+PORT = VAMP | {"network_size": 1, "activation": "relu", "pseudo_init": "images"}
+
+
+def vamp(device, changed):
+    """The arguments of `fit` for the paper's HVAE, or for the port's if `changed` has its options."""
+    if "network_size" in changed:
+        return port.replica(changed, data.load("digits", size=28), torch.device(device))
+    return paper.replica(VAMP | changed, binarised.load("digits", "dynamic"), torch.device(device))
+
+
+@pytest.mark.parametrize(("changed", "numerics"), [
+    ({}, "fp32"), ({}, "bf16"), ({"model": "vae", "prior": "mog", "normalised": False}, "fp32"),
+    ({"model": "convhvae", "prior": "vamp-data", "batch_size": 1}, "fp32"),
+    (PORT | {"batch_size": 10}, "fp32"), (PORT | {"batch_size": 10, "model": "vae"}, "bf16")])
+def test_replays_of_a_vampprior_are_its_eager_steps(device, changed, numerics):
+    """The warm-up's weight rises in the middle of a replay; bits and codes are drawn in it."""
+    one, other = (vamp(device, changed) for _ in range(2))
+    for job in (one, other):                                              # looking at all takes longer than the steps
+        job["look"] = vampprior.validation(job["state"]["model"], job["batches"].data[:20], job["state"]["validation"])
+    histories = [train.fit(**each, steps=31, log_every=10, numerics=numerics, graph=graph)
+                 for each, graph in ((one, True), (other, False))]
+    assert histories[0] == histories[1] and histories[0]["step"] == [10, 20, 30, 31]
+    own, eager = (each["state"] for each in (one, other))
+    assert own["model"].done == 31
+    assert all(map(torch.equal, own["model"].parameters(), eager["model"].parameters()))
+    for name in ("generator", "validation"):
+        assert torch.equal(own[name].get_state(), eager[name].get_state())
+    for moments, others in zip(*(each["optimizer"].state.values() for each in (own, eager)), strict=True):
+        assert all(torch.equal(moments[key], others[key]) for key in others)
+
+
+def test_the_warm_up_goes_on_in_replays_and_most_steps_are_replayed(device, monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+    history = train.fit(**vamp(device, {}), steps=44, log_every=11, checkpoint_every=11, steps_per_replay=11)
+    assert len(replays) == 3                                              # 11 steps warm up and come into step
+    loss, rec, kl = (torch.tensor(history[name]) for name in ("loss", "rec", "kl"))
+    assert ((loss - rec) / kl).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1], abs=0.01)
+
+
+@GPU
+@pytest.mark.parametrize("changed", [{}, PORT], ids=["paper", "port"])
+def test_cpu_and_cuda_agree_on_a_vampprior(changed):
+    """The same networks evaluated; the noise differs, so the training agrees in distribution."""
+    jobs = [vamp(place, changed) for place in ("cpu", "cuda")]
+    for own, other in zip(*(job["state"]["model"].components() for job in jobs), strict=True):
+        torch.testing.assert_close(other.cpu(), own, rtol=1e-3, atol=1e-4)
+    before = [{name: value.item() for name, value in job["look"]().items()} for job in jobs]
+    assert before[1] == pytest.approx(before[0], rel=0.05)
+    cpu, cuda = (train.fit(**job, steps=88, log_every=11, numerics="fp32") for job in jobs)
+    for name in ("loss", "rec", "val_loss"):
+        assert cuda[name][0] == pytest.approx(cpu[name][0], rel=0.05), name
+        assert cuda[name][-1] == pytest.approx(cpu[name][-1], rel=0.05), name

@@ -148,23 +148,6 @@ def test_likelihood_by_components_has_a_line_a_model():
     assert vae.lines[0].get_marker() != hvae.lines[0].get_marker() and legend(fig) == ["vae", "hvae"]
 
 
-def test_published_and_obtained_share_a_row():
-    published = {"VAE": {"standard": -84.5, "vamp": [-82.4, 0.06]}, "HVAE": {"vamp": -81.24}}
-    found = {"VAE": {"standard": metric(-85.0, low=-85.5, high=-84.4), "vamp": metric(-83.0, se=0.1, n=10_000)},
-             "digits": {"vamp": metric(-50.0, se=None, n=1)}}
-    fig = plots_vamp.beside_published(found, published, "seeds")
-    ax, = draw(fig)
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["VAE", "HVAE", "digits"]
-    assert [text.get_text() for text in ax.texts] == ["$n$ = 3", "$n$ = 10,000", "$n$ = 1"]
-    intervals = [each.get_segments()[0][:, 0].tolist() for each in ax.collections if each.get_linewidth()[0] == 2]
-    assert np.allclose(intervals, [[-85.5, -84.4], [-83.196, -82.804], [-50, -50]])
-    dots = {(line.get_xdata()[0], line.get_markerfacecolor()) for line in ax.lines if line.get_marker() in ("o", "s")}
-    assert {x for x, face in dots if face == "white"} == {-84.5, -82.4, -81.24}
-    assert {x for x, face in dots if face != "white"} == {-85.0, -83.0, -50.0}
-    assert legend(fig) == ["standard prior", "vamp prior", "published", "obtained, 95 % interval over $n$ seeds"]
-    assert ax.yaxis_inverted()
-
-
 def test_improvements_are_paired_by_seed():
     a, b = [-82.0, -83.0, -82.5], [-84.0, -84.1, -84.9]
     fig = plots_vamp.improvement({"VAE": (a, b), "HVAE": ([-50.0], [-51.0])}, {"VAE": 2.12})
@@ -215,8 +198,6 @@ ZERO, IMAGE = torch.zeros(3, 2), torch.zeros(2, 1, 4, 4)
     (lambda: plots_vamp.loss_history({"epoch": []}), "there is no loss, rec, kl in the history"),
     (lambda: plots_vamp.by_components([(1, NAN, 0.1, "vae")]), "must be finite"),
     (lambda: plots_vamp.by_components([(0, -80.0, 0.1, "vae")]), "K must be at least 1"),
-    (lambda: plots_vamp.beside_published({"VAE": {"vamp": metric(NAN)}}, {}), "VAE, vamp: obtained must be finite"),
-    (lambda: plots_vamp.beside_published({}, {"VAE": {"vamp": NAN}}), "VAE, vamp: published must be finite"),
     (lambda: plots_vamp.improvement({"VAE": ([NAN], [1.0])}), "VAE: differences must be finite"),
     (lambda: plots_vamp.improvement({"VAE": ([1.0], [1.0, 2.0])}), "VAE: pairs need as many numbers .* got 1 and 2"),
     (lambda: plots_vamp.units({"vae": torch.tensor([NAN])}), "vae: activities must be finite"),
@@ -233,7 +214,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(call, message):
 
 
 def test_nothing_recorded_gives_an_empty_figure():
-    for fig in (plots_vamp.by_components([]), plots_vamp.beside_published({}, {}), plots_vamp.improvement({})):
+    for fig in (plots_vamp.by_components([]), plots_vamp.improvement({})):
         assert not draw(fig)[0].texts
 
 

@@ -42,7 +42,7 @@ def line(steps=20, spoil=None, config=None, **options):
     return history, model
 
 
-@pytest.mark.parametrize("kind", ["vae", "aae", "symmetric"])
+@pytest.mark.parametrize("kind", ["vae", "aae", "symmetric", "vamp"])
 def test_a_run_killed_at_random_and_resumed_is_bit_equal_to_an_uninterrupted_one(kind, tmp_path):
     """It resumes in the middle of a log window too: checkpoints are 6 steps apart, log points 4."""
     told = killed_training.run_killed(kind, tmp_path / "killed")
