@@ -174,7 +174,8 @@ class Company:
 
     def __exit__(self, *_):
         wall, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
-        self.found |= {"load_after": round(os.getloadavg()[0], 2), "others": round(max(0.0, busy - own) / wall, 2)}
+        others = min(max(0.0, busy - own) / wall, self.found["cores"])         # the clock of /proc ticks coarsely
+        self.found |= {"load_after": round(os.getloadavg()[0], 2), "others": round(others, 2)}
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
