@@ -239,7 +239,7 @@ def test_steps_taken_together_are_the_steps_taken_one_by_one(steps_per_replay):
 def test_a_replay_ends_where_something_is_logged_or_saved():
     """The most steps that divide both intervals; single ones to warm up, to come into step and at the end."""
     assert noisy(23, log_every=8, checkpoint_every=12, steps_per_replay=10)[2] == [
-        *[(t, 1) for t in range(4)], (4, 4), (8, 4), (12, 4), (16, 4), (20, 1), (21, 1), (22, 1)]     # 4 divides 8 and 12
+        *[(t, 1) for t in range(4)], (4, 4), (8, 4), (12, 4), (16, 4), (20, 1), (21, 1), (22, 1)]  # 4 divides 8 and 12
     asked = noisy(50, log_every=20, checkpoint_every=1000)[2]
     assert asked == [*[(t, 1) for t in range(10)], (10, 10), (20, 10), (30, 10), (40, 10)]
     assert set(noisy(9, log_every=7, checkpoint_every=100)[2]) == {(t, 1) for t in range(9)}
