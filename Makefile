@@ -26,7 +26,7 @@ test: setup  ## ruff, the unit tests, and the notebooks against their stored out
 test-ui: setup  ## the book and JupyterLab in headless Chromium
 	$(PY) -m pytest -m ui tests
 
-bench: setup  ## train.fit beside a plain PyTorch loop, a table for each work (five minutes of a quiet machine)
+bench: setup  ## train.fit beside a plain PyTorch loop, a table for each work (eight minutes of a quiet machine)
 	$(PY) -m benchmarks
 
 refresh: setup  ## renew the outputs that are committed with the notebooks

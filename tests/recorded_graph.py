@@ -1,13 +1,21 @@
 """Not a test: CUDA graphs played on the CPU, so that the code around a capture is tested without a GPU.
 
 As a capture does, `Capture` records the operations on tensors and leaves no effect of them; as a replay does, `replay`
-repeats them on the very same memory: whatever Python would have decided anew stays as it was recorded.
+repeats them on the very same memory: whatever Python would have decided anew stays as it was recorded. Below it:
+the fixtures of tests that capture. A test module takes them by assignment, as ruff sees no use of an imported fixture.
 """
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # deterministic products, as torch asks for
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib import train
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class Graph:
@@ -61,3 +69,19 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(train, "_Training", Training)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Kernels that add in a fixed order: then equal means equal to the bit."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def device(request, monkeypatch):
+    """Where graphs are captured: on a GPU, or recorded on the CPU."""
+    if request.param == "cpu":
+        install(monkeypatch)
+    return request.param

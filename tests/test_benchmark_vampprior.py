@@ -2,12 +2,13 @@
 from collections import Counter
 
 import pytest
+import small_benchmark
 import torch
 from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import harness, records, roofs, vampprior
-from lib import runs, train
+from lib import train
 
 CPU = torch.device("cpu")
 CASES = [(net, model, prior) for net in vampprior.NETS for model in ("vae", "hvae") for prior in ("standard", "vamp")]
@@ -130,14 +131,7 @@ def test_the_compiled_variant_compiles_every_network(model, n, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ a whole benchmark
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A folder in place of the checkout, ceilings that take no time."""
-    for module in (command, records):
-        monkeypatch.setattr(module, "root", lambda: tmp_path)
-    monkeypatch.setattr(runs, "git_state", lambda: {"commit": "c0ffee", "dirty": False})
-    monkeypatch.setattr(roofs, "ceilings", lambda device: {"fp32": 1e12, "bf16": 2e12, "bytes": 1e11})
-    return tmp_path
+house = small_benchmark.house
 
 
 def run(*words, net="gated"):

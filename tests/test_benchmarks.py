@@ -4,6 +4,7 @@ import math
 from itertools import cycle
 
 import pytest
+import small_benchmark
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -289,14 +290,7 @@ def test_the_company_of_this_process_is_not_its_own_work():
 
 
 # ------------------------------------------------------------------------------------------------ a whole benchmark
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A folder in place of the checkout, a clean commit, ceilings that take no time."""
-    for module in (command, records):
-        monkeypatch.setattr(module, "root", lambda: tmp_path)
-    monkeypatch.setattr(runs, "git_state", lambda: {"commit": "c0ffee", "dirty": False})
-    monkeypatch.setattr(roofs, "ceilings", lambda device: {"fp32": 1e12, "bf16": 2e12, "bytes": 1e11})
-    return tmp_path
+house = small_benchmark.house
 
 
 def run(*words):

@@ -16,15 +16,7 @@ from lib import checkpoint, train
 SCRIPT = (5, 4, 3, 3.5, 2, 2.5, 2, 3, 1, 0)              # lowest at the 5th point; three points later patience ends
 EVERY, BEST, END = 4, 20, 32                              # steps of a point, of the best one, of the end
 OPTIONS = {"steps": 40, "log_every": EVERY, "checkpoint_every": EVERY}
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
-def device(request, monkeypatch):
-    """Where graphs are captured: on a GPU, or recorded on the CPU."""
-    if request.param == "cpu":
-        recorded_graph.install(monkeypatch)
-    return request.param
+device = recorded_graph.device
 
 
 @pytest.fixture(autouse=True)
