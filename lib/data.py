@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import BookError, root
+from lib.shapes import shapes
 
 if TYPE_CHECKING:
     from lib.documents import Documents
@@ -94,6 +95,9 @@ SOURCES = {
     "shapes": Source(
         "generated 64x64 RGB scenes with known factors, 4,096 train + 512 test", "as the book", "embedded", {},
         "in memory"),
+    "celeba": Source(
+        "aligned faces, 178x218 RGB, 162,770 train + 19,962 test, or any part of them",
+        "non-commercial research only", "by hand: `python -m lib data --fetch celeba` says how", {}, "1.4 GB"),
     "newsgroups": Source(
         "20 Newsgroups as word counts, 11,269 train + 7,505 test documents", "none stated",
         "python -m lib data --fetch newsgroups",
@@ -131,12 +135,18 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, s
               AttributeError)                                   # what reading a damaged archive or file may raise
 
 
-def load(name: str, size: int | None = None) -> "Dataset | Documents":
+def load(name: str, size: int | None = None, crop: str = "") -> "Dataset | Documents":
     """The data set `name` (a key of SOURCES), images resized to size x size (bilinear, antialiased) if given.
 
-    Raises DataError: unknown name, file missing and not downloadable, or corrupt, a size for documents.
+    crop: of celeba only, one of `celeba.CROPS` (default "resize"); its size is 64 if not given.
+    Raises DataError: unknown name, file missing and not downloadable, or corrupt, a size for documents, a crop of
+    another data set, `celeba.load`'s errors.
     """
     _known(name, SOURCES)
+    if name == "celeba":
+        return _celeba().load(64 if size is None else size, crop or "resize")
+    if crop:
+        raise DataError(f"{name} has no crops, got {crop!r}: leave the crop empty, or choose celeba")
     if size is not None and name in DOCUMENTS:
         images = [known for known in SOURCES if known not in DOCUMENTS]
         raise DataError(f"{name} has documents, not images: choose one of {', '.join(images)}")
@@ -146,6 +156,11 @@ def load(name: str, size: int | None = None) -> "Dataset | Documents":
     if size is None or size == data.train.shape[-1]:
         return data
     return Dataset(**{**vars(data), "train": resize(data.train, size), "test": resize(data.test, size)})
+
+
+def _celeba():
+    from lib import celeba
+    return celeba
 
 
 def _known(name: str, names) -> None:
@@ -185,8 +200,10 @@ def _places(name: str) -> list[Path]:
 def find(name: str) -> Path | None:
     """The first folder that holds all files of `name`; None if there is none (or nothing to hold).
 
-    Weights are also looked for in torch's hub cache.
+    Weights are also looked for in torch's hub cache. Of celeba it is the folder or the zip that has the images.
     """
+    if name == "celeba":
+        return source.path if (source := _celeba().find()) else None
     return next((folder for folder in _places(name) if held(name, folder)), None)
 
 
@@ -232,6 +249,8 @@ def fetch(name: str) -> Path | None:
     written, a file there already that is corrupt.
     """
     _known(name, SOURCES | TEXTS | BINARY | WEIGHTS)
+    if name == "celeba":
+        return _celeba().by_hand()
     if not _source(name).files:
         return None
     folder = find(name) or folders()[0]
@@ -333,42 +352,6 @@ def _digits() -> Dataset:
     return Dataset("digits", images[train], images[test], labels[train], labels[test], DIGITS, _digest(images))
 
 
-def shapes(n: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scenes of one coloured shape on a coloured ground: uint8 [n, 3, 64, 64] and their factors, each [n].
-
-    Factors: shape (0 square, 1 disc, 2 triangle), x and y of the centre in [-0.5, 0.5], radius in [0.2, 0.45] (half
-    image widths), angle in radians, hue and ground hue in [0, 1). Edges are one pixel soft.
-    """
-    rng = np.random.default_rng(seed)
-    draw = {"shape": rng.integers(0, 3, n).astype(np.float32), **{
-        name: rng.uniform(low, high, n).astype(np.float32) for name, low, high in (
-            ("x", -0.5, 0.5), ("y", -0.5, 0.5), ("radius", 0.2, 0.45), ("angle", 0, 2 * np.pi),
-            ("hue", 0, 1), ("ground", 0, 1))}}
-    factors = {name: torch.from_numpy(value) for name, value in draw.items()}
-    return torch.cat([_draw({k: v[i:i + 256] for k, v in factors.items()}) for i in range(0, n, 256)]), factors
-
-
-def _draw(f: dict[str, Tensor]) -> Tensor:
-    axis = (torch.arange(64) + 0.5) / 32 - 1
-    dx, dy = axis[None, None, :] - f["x"][:, None, None], axis[None, :, None] - f["y"][:, None, None]
-    cos, sin, r = (v[:, None, None] for v in (f["angle"].cos(), f["angle"].sin(), f["radius"]))
-    u, v = cos * dx + sin * dy, cos * dy - sin * dx
-    corners = torch.tensor([0.0, 2.0944, 4.1888])              # the triangle is the meet of three half-planes
-    sides = u * corners.cos()[:, None, None, None] + v * corners.sin()[:, None, None, None]
-    distance = torch.stack([torch.maximum(u.abs(), v.abs()) - 0.8 * r, (u * u + v * v).sqrt() - r,
-                            sides.amax(0) - 0.6 * r])
-    inside = (0.5 - 32 * distance[f["shape"].long(), torch.arange(len(r))]).clamp(0, 1)[:, None]
-    image = inside * _colour(f["hue"], 0.95) + (1 - inside) * _colour(f["ground"], 0.45)
-    return (255 * image).round().to(torch.uint8)
-
-
-def _colour(hue: Tensor, value: float) -> Tensor:
-    """Hue in [0, 1) at saturation 0.75 -> RGB [n, 3, 1, 1]."""
-    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6
-    rgb = value * (1 - 0.75 * torch.minimum(k, 4 - k).clamp(0, 1))
-    return rgb[:, :, None, None]
-
-
 def _shapes() -> Dataset:
     (x, train), (x_test, test) = shapes(4096, seed=0), shapes(512, seed=1)
     labels, test_labels = train["shape"].long(), test["shape"].long()
@@ -384,7 +367,7 @@ def listing() -> list[dict[str, str]]:
     """For `python -m lib data`, a row per data set, texts and weights: what, where, size, checksum, licence, ..."""
     rows = []
     for name, source in (SOURCES | TEXTS | BINARY | WEIGHTS).items():
-        folder = find(name)
+        folder = find(name) if name != "celeba" else None
         state = "embedded" if not source.files else "missing"
         if folder:
             try:
@@ -393,6 +376,7 @@ def listing() -> list[dict[str, str]]:
                 state = f"present in {folder}"
             except DataError as error:
                 state = str(error)
+        state = _celeba().state() if name == "celeba" else state
         sums = [f"{digest}  {file}" for file, digest in (source.files | source.instead).items()]
         sums = sums or ["of its content, in each results.json"]
         rows.append({"name": name, "what": source.what, "state": state, "size": source.size, "sha256": "\n".join(sums),

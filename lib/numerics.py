@@ -83,9 +83,9 @@ def _onednn_is_exact() -> bool:
     return error < 1e-4                                                # float32: 1e-5; bf16: 1e-1
 
 
-def adam(parameters, lr: float) -> torch.optim.Adam:
-    """Adam at PyTorch's defaults in its fused form. Raises ValueError if lr <= 0."""
+def adam(parameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Adam in its fused form, otherwise at PyTorch's defaults. Raises ValueError if lr <= 0."""
     if lr <= 0:
         raise ValueError(f"the learning rate must be positive, got {lr}")
     parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=parameters[0].is_cuda)
+    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True, capturable=parameters[0].is_cuda)
