@@ -26,9 +26,12 @@ CURVES = {"squared error per pixel": {"rec": "reconstruction"}, "KL [nats per im
           "cross-entropy [nats]": {"discriminator": "discriminator", "adversarial": "encoder"}}
 METRICS = ("mse", "kl", "elbo", "elbo_best_sigma", "sigma", "best_sigma", "mmd_original", "mmd_gaussian", "code_centre",
            "code_spread", "code_radius_99", "knn_accuracy")
+METRICS_64 = ("mse", "kl", "active_units", "elbo", "elbo_best_sigma", "best_sigma", "mmd_original", "mmd_gaussian",
+              "sharpness_samples", "sharpness_reconstructions", "diversity_samples", "diversity_reconstructions")
 LEARNT_FROM = ("model", "dataset", "batch_size", "lr", "beta", "sigma", "learn_sigma", "mmd_alpha", "mmd_lambda",
                "kernel", "z_dim", "seed", "precision")    # the notebook's parameters that the weights depend on
-
+LEARNT_FROM_64 = (*LEARNT_FROM, "dim", "crop", "flip")    # and those of celeba-autoencoders
+MULTIPLIERS = {32: (1, 2, 4), 64: (1, 2, 4, 8)}           # the work's, by the side of the images
 
 USED_BY = {"beta": ("beta-vae",), "sigma": VARIATIONAL, "learn_sigma": ("vae", "beta-vae"), "mmd_alpha": ("mmd-vae",),
            "mmd_lambda": ("mmd-vae",), "kernel": ("mmd-vae",)}
@@ -132,11 +135,12 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, beta: float = 20.0, alpha: float = 1.0,
-             lambda_: float = 1.0, kernel: str = "original", learn_sigma: bool = False) -> tuple:
+             lambda_: float = 1.0, kernel: str = "original", learn_sigma: bool = False, augment=None) -> tuple:
     """The step of the model's kind and the state it changes: (step, {name: item}) for `train.fit`.
 
     beta weighs the KL of the beta-VAE (1 in the VAE); alpha, lambda_ and kernel are the MMD-VAE's; learn_sigma trains
-    the decoder's sigma. The step takes uint8 images and returns loss, rec (per pixel, [-1, 1] scale), kl (nats per
+    the decoder's sigma; augment(images, generator) -> images changes each batch first, e.g. celeba.flip. The step takes
+    uint8 images and returns loss, rec (per pixel, [-1, 1] scale), kl (nats per
     image) and its own terms. Raises ValueError: lr not positive, or learn_sigma without a (beta-)VAE.
     """
     if learn_sigma and model.kind not in ("vae", "beta-vae"):
@@ -146,9 +150,10 @@ def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, b
     beta = beta if model.kind == "beta-vae" else 1.0
     optimizer = adam([*model.encoder.parameters(), *model.decoder.parameters(), *[model.log_sigma] * learn_sigma], lr)
     state = {"model": model, "optimizer": optimizer, "generator": generator}
+    prepared = (lambda batch: pixels(augment(batch, generator))) if augment else pixels
     if model.kind == "aae":
         state["discriminator_optimizer"] = adam(model.discriminator.parameters(), lr)
-        return _adversarial_step(model, optimizer, state["discriminator_optimizer"], generator), state
+        return _adversarial_step(model, optimizer, state["discriminator_optimizer"], generator, prepared), state
 
     def losses(x: Tensor) -> dict[str, Tensor]:
         z, mean, log_var = model.code(x, generator)
@@ -166,7 +171,7 @@ def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, b
 
     def step(batch: Tensor) -> dict[str, Tensor]:
         optimizer.zero_grad()
-        metrics = losses(pixels(batch))
+        metrics = losses(prepared(batch))
         metrics["loss"].backward()
         optimizer.step()
         return metrics
@@ -174,12 +179,12 @@ def training(model: Autoencoder, generator: torch.Generator, lr: float = 1e-3, b
     return step, state
 
 
-def _adversarial_step(model: Autoencoder, optimizer, discriminator_optimizer, generator):
+def _adversarial_step(model: Autoencoder, optimizer, discriminator_optimizer, generator, prepared):
     """One AAE step: reconstruction, discriminator, encoder as generator (Makhzani et al. 2015, section 2)."""
     score, bce = model.discriminator, F.binary_cross_entropy_with_logits
 
     def step(batch: Tensor) -> dict[str, Tensor]:
-        x = pixels(batch)
+        x = prepared(batch)
         optimizer.zero_grad()
         rec = F.mse_loss(model.decoder(model.encoder(x)[0]), x)
         rec.backward()
@@ -248,7 +253,8 @@ def measure(model: Autoencoder, data: Dataset, generator: torch.Generator, n_tra
     """Every metric of the work's chapter, on the test images; what is fitted sees the first n_train training images.
 
     mse; best_sigma = sqrt(mean training mse), the sigma with the highest ELBO; if variational kl, elbo (at the model's
-    sigma) and elbo_best_sigma; the MMD between codes and N(0, I) with both kernels; `code_statistics`.
+    sigma) and elbo_best_sigma; the MMD between codes and N(0, I) with both kernels; `code_statistics`, without
+    knn_accuracy for images without labels.
     """
     device = generator.device
     terms = evaluate(model, data.test.to(device), generator)
@@ -269,15 +275,18 @@ def code_statistics(mean: Tensor, train_mean: Tensor, labels: Tensor, train_labe
     """What the pictures of the latent space show, in numbers, from test codes [n, d] and labelled training ones [m, d].
 
     code_centre: distance of the mean code from the origin; code_spread: root mean variance per dimension;
-    code_radius_99: 99 % of the codes lie within it; knn_accuracy: test labels found by the 10 nearest training codes.
+    code_radius_99: 99 % of the codes lie within it; knn_accuracy: test labels found by the 10 nearest training codes,
+    left out if there are no labels ([0]).
     """
     from sklearn.neighbors import KNeighborsClassifier
     mean, train_mean = mean.cpu(), train_mean.cpu()
+    statistics = {"code_centre": exact(mean.mean(0).norm(), "latent units"),
+                  "code_spread": exact(mean.var(0).mean().sqrt(), "latent units"),
+                  "code_radius_99": exact(mean.norm(dim=1).quantile(0.99), "latent units")}
+    if not len(train_labels):
+        return statistics
     found = KNeighborsClassifier(10).fit(train_mean.numpy(), train_labels.cpu().numpy()).predict(mean.numpy())
-    return {"code_centre": exact(mean.mean(0).norm(), "latent units"),
-            "code_spread": exact(mean.var(0).mean().sqrt(), "latent units"),
-            "code_radius_99": exact(mean.norm(dim=1).quantile(0.99), "latent units"),
-            "knn_accuracy": estimate((torch.from_numpy(found) == labels.cpu()).float(), "fraction")}
+    return statistics | {"knn_accuracy": estimate((torch.from_numpy(found) == labels.cpu()).float(), "fraction")}
 
 
 def elbo_at(sigma: float, mse: Tensor, kl: Tensor, n_pixels: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Looking at a trained decoder: the five sampling modes of VAEs-Implementations, as pure functions of an autoencoder.
 
+How blurred and how much alike its images are, in numbers, too.
+
 Grids of images are [rows, columns, C, S, S] in [0, 1]. Noise comes from the generator alone.
 """
 from pathlib import Path
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from lib import BookError
 from lib.autoencoders import Autoencoder, decode, encode, evaluate, pixels
+from lib.evaluate import estimate
+from lib.stochastic import gaussian_kl
 
 MODES = ("sample", "interpolate", "traverse", "reconstruct", "visualize_latent")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")       # what pytorch-fid reads
@@ -61,6 +65,31 @@ def traverse(model: Autoencoder, n_samples: int, n_traverse: int, traverse_range
     return _decode_rows(model, z, batch_size)
 
 
+def traverse_each(model: Autoencoder, dims: list[int], n_traverse: int, traverse_range: float,
+                  generator: torch.Generator, batch_size: int = 500) -> Tensor:
+    """One random code, a row for each of dims: that dimension set to n_traverse values in ±traverse_range.
+
+    [len(dims), n_traverse, C, S, S]. Raises ValueError: no dims or one that the code has not, a range as in `check`.
+    """
+    for dim in dims:
+        check(model.z_dim, 1, batch_size, 2, n_traverse, traverse_range, dim)
+    z = _codes(model, 1, generator)[:, None].repeat(len(dims), n_traverse, 1)
+    for row, dim in zip(z, dims, strict=True):
+        row[:, dim] = torch.linspace(-traverse_range, traverse_range, n_traverse, device=z.device)
+    return _decode_rows(model, z, batch_size)
+
+
+def most_used(model: Autoencoder, images: Tensor, n: int = 6) -> tuple[list[int], Tensor]:
+    """The n dimensions of the code that tell most of the images, and how much each dimension does: [z_dim].
+
+    That is its mean KL(q(z_j|x) || N(0, 1)) over uint8 images [N, C, S, S], in nats; of an AE or AAE, which have no
+    q, the variance of the code.
+    """
+    mean, log_var = encode(model, images)
+    use = gaussian_kl(mean[..., None], log_var[..., None]).mean(0) if model.variational else mean.var(0)
+    return use.topk(min(n, model.z_dim)).indices.tolist(), use
+
+
 def reconstruct(model: Autoencoder, images: Tensor, n_samples: int, generator: torch.Generator,
                 batch_size: int = 500) -> Tensor:
     """n_samples random images (uint8 [N, C, S, S]) beside their reconstructions: [n_samples, 2, C, S, S].
@@ -92,6 +121,49 @@ def decoder_map(model: Autoencoder, extent: float, n: int) -> Tensor:
     axis = torch.linspace(-extent, extent, n, device=device)
     z = torch.stack(torch.meshgrid(axis.flip(0), axis, indexing="ij")[::-1], -1)
     return _decode_rows(model, z, 500)
+
+
+# ------------------------------------------------------------------------------------------------ how images look
+def sharpness(images: Tensor) -> Tensor:
+    """Root mean square gradient of images [N, C, S, S] in [0, 1]: [N], in units of the pixel range per pixel.
+
+    The square of it is the mean over the image of the squared differences of neighbours, across plus down: the power
+    of the image with each frequency weighted by about its square. Blur takes it away, as does loss of contrast; the
+    mean absolute difference would not do: that of an edge is the same however soft it is.
+    """
+    return sum(images.diff(dim=dim).square().mean((1, 2, 3)) for dim in (-1, -2)).sqrt()
+
+
+def distance(images: Tensor, centre: Tensor) -> Tensor:
+    """Mean squared difference per pixel of images [N, C, S, S] in [0, 1] from one image [C, S, S]: [N].
+
+    On the [-1, 1] scale, as all squared errors of the chapter.
+    """
+    return 4 * (images - centre).square().mean((1, 2, 3))
+
+
+def appearance(model: Autoencoder, images: Tensor, generator: torch.Generator,
+               batch_size: int = 500) -> dict[str, dict]:
+    """Metrics of how blurred and how diverse the model's images are beside test images, uint8 [N, C, S, S].
+
+    sharpness_test and diversity_test: mean `sharpness` of the test images and mean `distance` from the average one of
+    them. The same of N samples and of the N reconstructions (as in `reconstruct`), divided by those: 1 means as sharp
+    and as diverse as the test images, 0 all the same. The test images' means are taken as known in the errors.
+    """
+    centre = (images.sum(0, dtype=torch.int64) / (255 * len(images))).float()
+    found: dict[str, list[Tensor]] = {}
+    for part in images.split(batch_size):
+        drawn = {"test": (pixels(part) + 1) / 2, "samples": sample(model, len(part), generator, batch_size)[:, 0],
+                 "reconstructions": decode(model, evaluate(model, part, generator, batch_size)["z"], batch_size)}
+        for name, own in drawn.items():
+            found.setdefault(f"sharpness_{name}", []).append(sharpness(own))
+            found.setdefault(f"diversity_{name}", []).append(distance(own, centre))
+    values = {name: torch.cat(parts).double() for name, parts in found.items()}
+    metrics = {"sharpness_test": estimate(values["sharpness_test"], "pixel range per pixel"),
+               "diversity_test": estimate(values["diversity_test"], "squared error per pixel")}
+    for name in ("sharpness_samples", "sharpness_reconstructions", "diversity_samples", "diversity_reconstructions"):
+        metrics[name] = estimate(values[name] / values[f"{name.partition('_')[0]}_test"].mean(), "of the test images'")
+    return metrics
 
 
 def save_images(grid: Tensor, folder: Path) -> int:

@@ -1,0 +1,119 @@
+"""Figures of the 64x64 autoencoders and of disentanglement, in the style of plots.py."""
+import statistics
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from lib.evaluate import paired
+from lib.plots import MARKERS, PALETTE, WIDTH
+from lib.runs import HOUSEKEEPING
+
+LOOKS = {"samples": ("o", PALETTE[1]), "reconstructions": ("s", PALETTE[0])}
+
+
+def training(history: dict, panels: dict[str, dict[str, str]], title: str = "") -> Figure:
+    """Training curves on logarithmic axes, as `plots.curves`: panels {axis label: {metric: its name in the legend}}."""
+    shown = {label: {m: n for m, n in lines.items() if m in history} for label, lines in panels.items()}
+    shown = {label: lines for label, lines in shown.items() if lines} or {"nothing was trained": {}}
+    fig, axes = plt.subplots(1, len(shown), figsize=(WIDTH, 2.7), squeeze=False)
+    for ax, (label, lines) in zip(axes[0], shown.items(), strict=True):
+        for i, (metric, name) in enumerate(lines.items()):
+            ax.plot(history["step"], history[metric], ("-", "--")[i % 2], label=name)
+        ax.set(xlabel="step", ylabel=label)
+        _logarithmic(ax)
+        if len(lines) > 1:
+            ax.legend()
+    if title:
+        fig.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return fig
+
+
+def _logarithmic(ax) -> None:
+    """A logarithmic y-axis, its ticks plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+
+
+# ------------------------------------------------------------------------------------------------ recorded runs
+def in_words(records: list[dict], of: tuple[str, ...]) -> list[str]:
+    """A name for each record: its values of the parameters `of` and of all others that differ, but those not of it.
+
+    The seed is left out.
+    """
+    others = dict.fromkeys(name for record in records for name in record["parameters"]
+                           if name not in (*of, "seed", *HOUSEKEEPING))
+    told = [name for name in others if len({str(record["parameters"].get(name)) for record in records}) > 1]
+    return [", ".join([*(str(record["parameters"][name]) for name in of),
+                       *(f"{name} {record['parameters'].get(name)}" for name in told)]) for record in records]
+
+
+def learning_rates(records: list[dict], metric: str = "rec", ylabel: str = "squared error per pixel") -> Figure:
+    """The metric's training curves in a panel for each learning rate, on one logarithmic scale: a line for each run."""
+    shown = [record for record in records if metric in record.get("history", {})]
+    rates = sorted({record["parameters"]["lr"] for record in shown}, reverse=True)
+    fig, axes = plt.subplots(1, max(1, len(rates)), figsize=(WIDTH, 3.4), sharey=True, squeeze=False)
+    names = [name.replace(f", lr {record['parameters']['lr']}", "")
+             for name, record in zip(in_words(shown, ("model",)), shown, strict=True)]
+    looks = {name: {"c": PALETTE[i % len(PALETTE)], "ls": ("-", "--", ":")[i // len(PALETTE) % 3]}
+             for i, name in enumerate(dict.fromkeys(names))}
+    for ax, rate in zip(axes[0], rates, strict=False):
+        for name, record in zip(names, shown, strict=True):
+            if record["parameters"]["lr"] == rate:
+                ax.plot(record["history"]["step"], record["history"][metric], lw=1.2, **looks[name])
+        ax.set(xlabel="step", title=f"learning rate {rate:g}")
+    axes[0, 0].set(ylabel=ylabel)
+    _logarithmic(axes[0, 0])
+    handles = [plt.Line2D([], [], label=name, **look) for name, look in looks.items()]
+    if handles:
+        fig.legend(handles=handles, loc="outside lower center", ncols=3 if max(map(len, names)) < 30 else 1)
+    return fig
+
+
+def appearance(records: list[dict]) -> Figure:
+    """Sharpness and diversity of samples and reconstructions of each record, 1 being the test images', ±2 errors."""
+    panels = {"sharpness": "as sharp as the test images", "diversity": "as diverse as the test images"}
+    shown = [record for record in records if "sharpness_samples" in record["metrics"]]
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.2 + 0.34 * len(shown)), sharey=True)
+    for ax, (measure, told) in zip(axes, panels.items(), strict=True):
+        ax.axvline(1, c="0.5", lw=1)
+        for kind, (marker, colour) in LOOKS.items():
+            found = [record["metrics"][f"{measure}_{kind}"] for record in shown]
+            value, error = [m["value"] for m in found], [2 * (m["se"] or 0) for m in found]
+            ax.errorbar(value, range(len(shown)), xerr=error, fmt=marker, c=colour, ms=5, mfc="none", label=kind)
+        ax.set(title=f"{measure} (1: {told})", xlim=(0, None))
+        ax.title.set_fontsize(9)
+    names = in_words(shown, ("model",))
+    axes[0].set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown) - 0.5, -0.5))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------ disentanglement
+def by_beta(panels: dict[str, dict[str, dict[float, dict[int, float]]]]) -> Figure:
+    """A panel per metric, {its name: {setting: {beta: {seed: value}}}}: a dot a run, the mean and its 95 % interval.
+
+    The interval is Student's over seeds; beta is on a logarithmic axis, the settings side by side.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.2), squeeze=False)
+    betas = sorted({beta for settings in panels.values() for runs in settings.values() for beta in runs})
+    settings = list(dict.fromkeys(setting for found in panels.values() for setting in found))
+    for ax, (name, found) in zip(axes[0], panels.items(), strict=True):
+        for i, setting in enumerate(settings):
+            shift, colour = 1.13 ** (i - (len(settings) - 1) / 2), PALETTE[i % len(PALETTE)]
+            line = sorted(found.get(setting, {}).items())
+            for beta, runs in line:
+                values = list(runs.values())
+                ax.plot([beta * shift] * len(values), values, "o", c=colour, mfc="none", ms=4, mew=0.9, alpha=0.8)
+                if len(values) > 1:
+                    own = paired(values, [0.0] * len(values), name)
+                    ax.vlines(beta * shift, own["low"], own["high"], color=colour, lw=1.2)
+            ax.plot([beta * shift for beta, _ in line], [statistics.fmean(runs.values()) for _, runs in line],
+                    ("-", "--", ":")[i % 3], marker=MARKERS[i % len(MARKERS)], ms=5, c=colour, lw=1.2, label=setting)
+        ax.set(xscale="log", xlabel="$\\beta$", title=name, ylim=(0, None))
+        ax.set_xticks(betas, [f"{beta:g}" for beta in betas])
+        ax.minorticks_off()
+    if settings:
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(settings)))
+    return fig
