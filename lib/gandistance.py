@@ -8,11 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from lib import dcgan
+from lib import dcgan, inception
+from lib.autoencoders import pixels
 from lib.data import Dataset
-from lib.evaluate import estimate, exact
+from lib.evaluate import estimate, exact, frechet, moments
 from lib.stochastic import diagonal_log_prob, gaussian_kl, gaussian_log_prob, reparameterise
 from lib.train import precision
+from lib.wasserstein import patch_swd, sliced_wasserstein
 
 BATCH = 250
 
@@ -23,11 +25,112 @@ def samples(net: dcgan.Generator, n: int, noise: torch.Generator) -> Tensor:
     return dcgan.generate(net, z).add(1).div(2).clamp(0, 1)
 
 
+# ------------------------------------------------------------------------------------------------ distances
+def distances(a: Tensor, b: Tensor, noise: torch.Generator, net=None) -> dict[str, dict]:
+    """Distances of two sets of images, uint8 [n, 3, 64, 64] each.
+
+    swd_64, swd_32, swd_16, swd: sliced Wasserstein distance of patches by scale, and their mean (`patch_swd`);
+    sw_pixels: of whole images (`sliced_wasserstein`); with net, an `inception.load`, also fid. Sets that are compared
+    with the generator in the same state are so along the same directions.
+    """
+    found = patch_swd(a, b, noise)
+    found["swd"] = found.pop("swd_mean")
+    found["sw_pixels"] = sliced_wasserstein(a, b, noise)
+    if net is not None:
+        found["fid"] = frechet(*(moments(inception.features(net, x)) for x in (a, b)), unit="FID")
+    return found
+
+
+def judge(where: torch.device):
+    """The FID's Inception network if its weights are at hand, else None."""
+    return inception.load(where) if inception.available() else None
+
+
 def against_real(net: dcgan.Generator, images: Dataset, n: int, noise: torch.Generator) -> dict[str, dict]:
-    """What celeba-gan measures of n generated images."""
-    drawn = samples(net, min(n, len(images.test)), noise)
-    spread = (drawn - drawn.mean(0)).square().mean().sqrt()
-    return {"spread": exact(spread, "of the pixels' range")}
+    """What celeba-gan measures of n generated images, or as many as there are test images.
+
+    spread: root mean square deviation from their mean image; {distance}_real: of generated and test images,
+    {distance}_floor: of training and test images.
+    """
+    n, device = min(n, len(images.test), len(images.train)), noise.device
+    drawn = _uint8(samples(net, n, noise))
+    spread = (drawn - drawn.float().mean(0)).square().mean().sqrt() / 127.5
+    test, train = images.test[:n].to(device), images.train[:n].to(device)
+    metrics, inception_net, state = {"spread": exact(spread, "pixels in [-1, 1]")}, judge(device), noise.get_state()
+    for name, other in {"real": drawn, "floor": train}.items():
+        noise.set_state(state)
+        metrics |= {f"{key}_{name}": value for key, value in distances(other, test, noise, inception_net).items()}
+    return metrics
+
+
+def _uint8(images: Tensor) -> Tensor:
+    return (255 * images).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def image_sets(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: torch.Generator, norm: str = "running",
+               sigma: float = dcgan.SIGMA) -> dict[str, Tensor]:
+    """n images of the ground truth and of what each pair makes of them, uint8 [n, 3, 64, 64] each.
+
+    "originals": G(z*), without noise; {name}: the mean of p(x|z) at one z ~ q(z|x), x drawn around G(z*);
+    {name}_noise: the same with N(0, sigma^2) added, as CODE does for the joint model (known fault 5). norm: of all
+    networks, see `dcgan.normalised`.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    nets = [truth, *(net for pair in pairs.values() for net in pair)]
+    with dcgan.normalised(norm, *dict.fromkeys(nets)), precision("fp32", noise.device):
+        for k in [min(BATCH, n - i) for i in range(0, n, BATCH)]:
+            z, x = dcgan.draw(truth, k, noise, sigma)
+            found = {"originals": dcgan.to_uint8(truth(z))}
+            for name, (encoder, decoder) in pairs.items():
+                mean, log_sigma = encoder(x)
+                decoded = decoder(reparameterise(mean, 2 * log_sigma, noise))
+                found |= {name: dcgan.to_uint8(decoded), f"{name}_noise": dcgan.to_uint8(decoded, noise, sigma)}
+            for name, images in found.items():
+                parts.setdefault(name, []).append(images)
+    return {name: torch.cat(images) for name, images in parts.items()}
+
+
+def compare(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: torch.Generator,
+            sigma: float = dcgan.SIGMA) -> dict[str, dict]:
+    """How far each pair's images are from the ground truth's: every distance of `distances`, {distance}_{name}{how}.
+
+    how: "" networks in evaluation mode, no noise; "_noise": noise on the pair's images; "_batch1": all networks as in
+    training at batch size 1; "_as_published": as CODE, that is "_batch1", and for the pair "joint" with noise as well
+    (known fault 5). {distance}_floor: n images of the truth against n others; {distance}_samples: n images of the joint
+    decoder at codes from N(0, I) against them.
+    """
+    sets, state, net = image_sets(truth, pairs, n, noise, sigma=sigma), noise.get_state(), judge(noise.device)
+    drawn = {"floor": truth} | ({"samples": pairs["joint"][1]} if "joint" in pairs else {})
+    compared = {name: (_uint8(samples(own, n, noise)), sets["originals"]) for name, own in drawn.items()}
+    compared |= {name: (own, sets["originals"]) for name, own in sets.items() if name != "originals"}
+    single = image_sets(truth, pairs, n, noise, "batch-1", sigma)
+    for name in pairs:
+        compared[f"{name}_batch1"] = (single[name], single["originals"])
+        as_code = single[f"{name}_noise" if name == "joint" else name]
+        compared[f"{name}_as_published"] = (as_code, single["originals"])
+    metrics = {}
+    for name, (own, originals) in compared.items():
+        noise.set_state(state)
+        metrics |= {f"{key}_{name}": value for key, value in distances(own, originals, noise, net).items()}
+    return metrics
+
+
+@torch.no_grad()
+def features(discriminator: dcgan.Discriminator, sets: dict[str, Tensor]) -> dict[str, dict]:
+    """feature_{name}: squared error of the GAN's discriminator's features of reconstructions, one by one.
+
+    sets: of `image_sets`; the error is in units of the originals' variance (1: as far as another image, or more), the
+    features are those before its last layer [8 ndf, 4, 4].
+    """
+    def of(images: Tensor) -> Tensor:
+        return torch.cat([discriminator.trunk(pixels(part)).flatten(1).float() for part in images.split(BATCH)])
+
+    with dcgan.normalised("running", discriminator), precision("fp32", sets["originals"].device):
+        known = of(sets["originals"])
+        variance = (known - known.mean(0)).square().sum(1).mean()
+        return {f"feature_{name}": estimate((of(images) - known).square().sum(1) / variance, "of the variance")
+                for name, images in sets.items() if name != "originals" and not name.endswith("_noise")}
 
 
 # ------------------------------------------------------------------------------------------------ likelihoods
@@ -63,14 +166,17 @@ def likelihoods(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, seed: t
                 sigma: float = dcgan.SIGMA) -> dict[str, dict]:
     """Mean and error of every term of `terms` for each pair {name: (encoder, decoder)}, as {term}_{name}.
 
-    All pairs see the same images. ceiling: E log p*(x|z*), which no ELBO can pass: log p*(x) is lower still by the
-    mutual information of x and z.
+    All pairs see the same images. elbo_gain, of two pairs: the second's ELBO less the first's, image by image; ceiling:
+    E log p*(x|z*), which no ELBO can pass: log p*(x) is lower still by the mutual information of x and z.
     """
-    state, metrics = seed.get_state(), {}
+    state, metrics, elbos = seed.get_state(), {}, []
     for name, (encoder, decoder) in pairs.items():
         seed.set_state(state)
         found = terms(truth, encoder, decoder, n, seed, sigma)
         metrics |= {f"{term}_{name}": estimate(value, UNITS[term]) for term, value in found.items()}
+        elbos.append(found["elbo"].double())
+    if len(elbos) == 2:
+        metrics["elbo_gain"] = estimate(elbos[1] - elbos[0], UNITS["elbo"])
     return metrics | {"ceiling": exact(ceiling(sigma), "nats per image")}
 
 
@@ -99,3 +205,13 @@ def reconstructions(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, see
             mean, log_sigma = encoder(x)
             found[name] = decoder(reparameterise(mean, 2 * log_sigma, seed))
     return {name: images.add(1).div(2).clamp(0, 1) for name, images in found.items()}
+
+
+def headline(*found: dict) -> list[str]:
+    """The names of celeba-fid's metrics that a table shows: of those that at least one of the dicts has, in order."""
+    names = [f"{key}_{pair}" for key in ("elbo", "rec", "kl", "mse", "feature", "fid", "swd", "swd_64", "swd_32",
+                                         "swd_16", "sw_pixels") for pair in ("encoder_only", "joint")]
+    names[2:2] = ["elbo_gain", "ceiling"]
+    names += [f"{key}_{name}" for key in ("fid", "swd") for name in ("floor", "samples")]
+    names += [f"{key}_{pair}_as_published" for key in ("fid", "swd") for pair in ("encoder_only", "joint")] + ["drift"]
+    return [name for name in names if any(name in one for one in found)]
