@@ -88,7 +88,7 @@ def _smoke(run: runs.Run, experiment: str) -> Path:
     else:
         stage = before(own, "")
         make = {"celeba-encoder": encoder, "celeba-joint": joint}[experiment]
-        job, more = make(values, stage, where, own.folder), {"chain": chain(stage)}
+        job, more = make(values, stage, where, own.folder), origin(own, stage)
     fit(**job, **options(values, job))
     own.save({}, **more)
     return own.folder
@@ -133,9 +133,18 @@ def digest(*modules: nn.Module) -> str:
 
 
 def chain(stage: Stage) -> list[dict]:
-    """For results.json: the runs that a stage comes from, itself last: experiment, run, parameters, commit."""
+    """The runs that a stage comes from, itself last: experiment, run, parameters, what is reduced, commit, command."""
     own = {name: stage.record[name] for name in ("experiment", "run", "parameters", "reduced", "git", "command")}
     return [*stage.record.get("chain", []), own]
+
+
+def origin(run: runs.Run, stage: Stage) -> dict:
+    """For the run's results.json: its chain, the parameter that names it, and what is reduced in it and in the run."""
+    before, name = chain(stage), BEFORE[run.experiment].removeprefix("celeba-")
+    own = [what for what in runs.reduced(run.experiment, run.parameters) if not what.startswith(f"{name} ")]
+    earlier = [what for what in stage.record["reduced"] if ": " in what]
+    last = [f"{stage.record['experiment']}: {what}" for what in stage.record["reduced"] if ": " not in what]
+    return {"chain": before, "started_from": name, "reduced": [*earlier, *last, *own]}
 
 
 # ------------------------------------------------------------------------------------------------ the three trainings

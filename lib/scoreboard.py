@@ -268,11 +268,12 @@ def _matches(row: dict, record: dict) -> bool:
 
 
 def _same_setting(row: dict, records: list[dict]) -> None:
-    """ScoreboardError unless the records differ in the seed, and where they ran, only."""
+    """ScoreboardError unless the records differ in the seed, and where they ran or started from, only."""
     first = records[0]
     for record in records[1:]:
+        apart = {"seed", record.get("started_from"), *HOUSEKEEPING}
         for name, value in record["parameters"].items():
-            if name not in ("seed", *HOUSEKEEPING) and value != first["parameters"].get(name):
+            if name not in apart and value != first["parameters"].get(name):
                 raise ScoreboardError(f"{_at(row)}: {_name(first)} and {_name(record)} differ in {name}: name it under "
                                       "'where'")
 
