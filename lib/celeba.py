@@ -2,38 +2,40 @@
 
     faces = data.load("celeba", size=64, crop="resize-centre")      # or celeba.load(64, "resize-centre")
 Below each of the data folders ($VAEBOOK_DATA, then ./data) are looked at: celeba/img_align_celeba/ (as torchvision lays
-it out), every other folder celeba/*/, celeba/ itself and the zips in them; the one with most images is read. An archive
-is read member by member, nothing is extracted. The cache, build/celeba/, is keyed by the source's SHA-256, crop, size.
+it out), every other folder celeba/*/, celeba/ itself and the zips in them; the one with most images is read. A zip is
+read member by member, nothing is unpacked. The cache, build/celeba/, is keyed by the source's SHA-256, crop and size;
+it may be deleted at any time.
 
 Crops: those of torchvision on PIL images (bilinear, antialiased). "resize-centre" resizes the shorter side, then cuts
 the centre square; "resize" squeezes the whole frame; "face-128" and "centre-140" cut a box out of the aligned frame of
 178x218 pixels, 128 around (89, 121) or 140 in the middle. Images of another size are taken to show the same frame, and
 the box scales with them: in a copy at half size, 89x109, "face-128" is the 64x64 pixels from (12.5, 28.5), found by
-interpolation, so that at 64 nothing is shrunk, and "centre-140" 70x70.
+interpolation, and "centre-140" 70x70 pixels: at size 64 hardly anything is shrunk, and faces are softer than from
+178x218, where 128 pixels are averaged to 64.
 """
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import data, root, write_atomic
+from lib import data, imagecache, root, write_atomic
 from lib.data import DataError, Dataset
+from lib.imagecache import StaleError
 from lib.train import interactive
 
 CROPS = ("resize-centre", "face-128", "resize", "centre-140")
@@ -42,11 +44,13 @@ BOXES = {"face-128": (25, 57, 153, 185), "centre-140": (19, 39, 159, 179)}      
 TRAIN, TEST = range(1, 162_771), range(182_638, 202_600)        # CelebA's own partition; what is between: validation
 DECODING = 1                                                    # to be raised when the same files give other pixels
 CHUNK = 2 ** 24                                                 # bytes that are decoded, written and journalled at once
-LARGEST = 2 ** 26                                               # bytes of a file that is still taken for an image
+BLOCK = 16                                                      # images that a thread takes at once
+LARGEST = 2 ** 26                                               # pixels of what is still taken for a photograph
+KINDS = {"L": "it is grey", "1": "it is black and white", "P": "it has a palette", "RGBA": "it has transparency"}
 SUFFIXES = (".jpg", ".jpeg", ".png")
+OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")                 # absolute, with a drive, or with ".."
 PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-BY_HAND = (f"get img_align_celeba.zip (1.4 GB) from {PAGE}, for non-commercial research only, by hand: the book does "
-           "not download it")
+BY_HAND = f"get img_align_celeba.zip (1.4 GB, for non-commercial research only, not downloaded from here) from {PAGE}"
 UNREADABLE = (*data.UNREADABLE, SyntaxError, RuntimeError, zipfile.BadZipFile)      # a damaged image or archive's
 
 
@@ -62,10 +66,11 @@ def load(size: int = 64, crop: str = "resize") -> Dataset:
 
     Train and test are CelebA's own partition by file number where the files reach its test images (182638..202599; the
     validation images are left out); of a part of the set, the last tenth in name order is the test set. Both are views
-    of one array, mapped into memory from the cache (copy on write), which takes N x 3 x size^2 bytes of disk.
-    Decoding takes as many threads as torch does; a decoding that was interrupted goes on where it was.
-    Raises DataError: no images or fewer than 2, one that is corrupt, not RGB or too large, a damaged or odd zip,
-    unknown crop, size below 1, the cache cannot be written.
+    of one array, mapped into memory from the cache (copy on write), which takes N x 3 x size^2 bytes of disk and is
+    checked whenever it is read. `source` says what was read. Decoding takes as many threads as torch does; if it is
+    interrupted it goes on where it was.
+    Raises DataError: no images or fewer than 2, one that is corrupt, too large or not RGB (a grey one is not made a
+    colour one here), a damaged or odd zip, unknown crop, size below 1, the cache cannot be written.
     """
     if crop not in CROPS:
         near = difflib.get_close_matches(crop, CROPS, 1, 0)
@@ -74,14 +79,18 @@ def load(size: int = 64, crop: str = "resize") -> Dataset:
         raise DataError(f"image size must be at least 1 pixel, got {size}")
     source = find()
     if source is None:
-        raise DataError(missing())
+        raise _missing()
     train, test = partition(source.names)
     names = train + test
-    setting = {"sha256": _sha256(source), "crop": crop, "size": size, "decoding": DECODING, "images": len(names),
-               "chunk": max(1, CHUNK // (3 * size * size))}
-    images = torch.from_numpy(_cached(source, names, setting))
+    seen = _fingerprint(source)
+    setting = {"sha256": _sha256(source, seen), "crop": crop, "size": size, "decoding": DECODING, "images": len(names)}
+    key = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
+    images = torch.from_numpy(imagecache.cached(
+        _folder() / f"{crop}-{size}-{key}.npy", (len(names), 3, size, size), setting, max(1, CHUNK // (3 * size ** 2)),
+        lambda done: _decoding(source, seen, names, size, crop, done)))
     none = torch.empty(0, dtype=torch.int64)
-    return Dataset("celeba", images[:len(train)], images[len(train):], none, none, (), setting["sha256"])
+    return Dataset("celeba", images[:len(train)], images[len(train):], none, none, (), setting["sha256"],
+                   source=f"{len(source.names):,} images in {source.path.name}, {crop}")
 
 
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,16 +110,22 @@ def cropped(image: Image.Image, crop: str, size: int) -> Image.Image:
     if crop == "resize":
         return image.resize((size, size), Image.Resampling.BILINEAR)
     left, upper, right, lower = (edge * image.size[i % 2] / FRAME[i % 2] for i, edge in enumerate(BOXES[crop]))
-    x, y = int(left), int(upper)                                # the filter reads no pixel that is outside the box
-    image = image.crop((x, y, -int(-right // 1), -int(-lower // 1)))
+    x, y = int(left), int(upper)
+    image = image.crop((x, y, math.ceil(right), math.ceil(lower)))             # the filter is to see nothing outside
     return image.resize((size, size), Image.Resampling.BILINEAR, (left - x, upper - y, right - x, lower - y))
 
 
 # ------------------------------------------------------------------------------------------------ finding
 def find() -> Source | None:
-    """The folder or zip with most images, in the first of the data folders that has any; None if none has."""
+    """The folder or zip with most images, in the first of the data folders that has any; None if none has.
+
+    Raises DataError: a zip that is damaged or names paths outside its folder, a folder that cannot be read.
+    """
     for folder in data.folders():
-        best = max(_sources(folder / "celeba"), key=lambda source: len(source.names), default=None)
+        try:
+            best = max(_sources(folder / "celeba"), key=lambda source: len(source.names), default=None)
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
         if best and best.names:
             return best
     return None
@@ -124,23 +139,23 @@ def _sources(top: Path) -> Iterator[Source]:
     for folder in folders:
         yield from (Source(path, _of_zip(path)) for path in sorted(folder.glob("*.zip")))
     for folder in folders:
-        yield Source(folder, _ordered(entry.name for entry in os.scandir(folder)))
+        with os.scandir(folder) as entries:
+            yield Source(folder, _ordered(entry.name for entry in entries if entry.is_file()))
 
 
 def _of_zip(path: Path) -> tuple[str, ...]:
     with _zip(path) as archive:
-        members = archive.infolist()
-    for member in members:
-        parts = member.filename.replace("\\", "/").split("/")
-        if ".." in parts or not parts[0] or ":" in parts[0]:
-            raise DataError(f"{path} names a path outside its folder ({member.filename}): it is no archive of images, "
-                            "delete it")
-    return _ordered(member.filename for member in members)
+        names = archive.namelist()
+    for name in names:
+        if OUTSIDE.search(name):
+            raise DataError(f"{path} names a path outside its folder ({name}): that is no archive to trust, delete it "
+                            f"and {BY_HAND}")
+    return _ordered(names)
 
 
-def _ordered(names) -> tuple[str, ...]:
+def _ordered(names: Iterable[str]) -> tuple[str, ...]:
     """The names of images: by number where all have CelebA's numbers, else by name."""
-    names = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not _stem(name).startswith("."))
+    names = sorted(name for name in set(names) if name.lower().endswith(SUFFIXES) and not _stem(name).startswith("."))
     numbers = _numbers(names)
     return tuple(sorted(names, key=dict(zip(names, numbers, strict=True)).get) if numbers else names)
 
@@ -149,10 +164,10 @@ def _stem(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0]
 
 
-def _numbers(names) -> list[int]:
+def _numbers(names: Iterable[str]) -> list[int]:
     """The images' numbers; none if any has no number of CelebA's, or two have the same."""
     stems = [_stem(name) for name in names]
-    if not all(re.fullmatch("[0-9]{1,6}", stem) for stem in stems):
+    if not all(stem.isascii() and stem.isdigit() for stem in stems):
         return []
     numbers = [int(stem) for stem in stems]
     return numbers if len(set(numbers)) == len(numbers) and all(0 < n < TEST.stop for n in numbers) else []
@@ -170,18 +185,19 @@ def partition(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
     return list(names[:-held_out]), list(names[-held_out:])
 
 
-def missing() -> str:
-    """That there is no CelebA here, where it was looked for, and how to get it by hand."""
-    places = [str(folder / "celeba") for folder in data.folders()]
-    return (f"data set celeba is not here (no images, nor a zip of any, in {', '.join(places)}): {BY_HAND} and put it, "
-            f"as it is or unpacked, into {places[0]}; the embedded data set 'shapes' needs no file")
+def _missing() -> DataError:
+    places = [folder / "celeba" for folder in data.folders()]
+    looked = ", ".join(f"{place} ({'has no image' if place.is_dir() else 'is not there'})" for place in places)
+    return DataError(f"data set celeba is not here (looked for a folder or a zip of images in {looked}): {BY_HAND}, "
+                     f"and put it, as it is or unpacked, into {places[0]}; "
+                     "the embedded data set 'shapes' needs no file")
 
 
 def by_hand() -> Path:
-    """The data folder that has CelebA. Raises DataError: there is none; it is not downloaded, but got by hand."""
+    """The folder or zip that has CelebA. Raises DataError: there is none; how to get it by hand."""
     source = find()
     if source is None:
-        raise DataError(missing())
+        raise _missing()
     return source.path
 
 
@@ -200,7 +216,7 @@ def _zip(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = zipfile.ZipFile(path)
     except UNREADABLE as error:
-        raise DataError(f"{path} is cut short or not a zip ({error}): get it again, from {PAGE}") from None
+        raise DataError(f"{path} is cut short or not a zip ({error}): delete it and {BY_HAND}") from None
     with archive:
         yield archive
 
@@ -215,140 +231,95 @@ def _reader(path: Path) -> Iterator[Callable[[str], bytes]]:
             yield archive.read
 
 
-def _pixels(source: Source, read: Callable, name: str, setting: dict) -> np.ndarray:
-    """uint8 [3, size, size] of one image."""
+@contextlib.contextmanager
+def _decoding(source: Source, seen: str, names: list[str], size: int, crop: str, done: int) -> Iterator[Callable]:
+    """`imagecache.cached`'s making: decodes the images of the names, several threads at once."""
+    with (_reader(source.path) as read, ThreadPoolExecutor(torch.get_num_threads()) as pool,
+          _bar(None, "decoding", len(names), done) as bar):
+        def make(start: int, stop: int) -> np.ndarray:
+            images = np.empty((stop - start, 3, size, size), np.uint8)
+
+            def fill(block: int) -> int:
+                part = range(block, min(block + BLOCK, stop))
+                for i in part:
+                    images[i - start] = _pixels(source, read, names[i], size, crop)
+                return len(part)
+
+            for count in pool.map(fill, range(start, stop, BLOCK)):
+                bar.update(count)
+            return images
+
+        yield make
+    if _fingerprint(source) != seen:
+        raise StaleError(f"{source.path} was changed while it was read: repeat when it is complete")
+
+
+def _pixels(source: Source, read: Callable[[str], bytes], name: str, size: int, crop: str) -> np.ndarray:
+    """uint8 [3, size, size] of one image. Raises DataError: it is corrupt, too large, not RGB."""
     where = f"{source.path}: the image {name}"
     try:
         with Image.open(io.BytesIO(read(name)), formats=("JPEG", "PNG")) as image:
+            if image.width * image.height > LARGEST:
+                raise Image.DecompressionBombError
             if image.mode != "RGB":
-                raise DataError(f"{where} is not RGB but of mode {image.mode}: convert it, or take it out")
-            return np.asarray(cropped(image, setting["crop"], setting["size"])).transpose(2, 0, 1)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+                raise DataError(f"{where} is not RGB ({KINDS.get(image.mode, image.mode)}): convert it or take it out")
+            image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
         raise DataError(f"{where} is larger than any photograph: take it out") from None
     except UNREADABLE as error:
-        raise DataError(f"{where} is corrupt ({error}): get it again, or take it out") from None
+        why = "it is no JPEG or PNG image" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{where} is corrupt ({why}): get it again or take it out") from None
+    return np.asarray(cropped(image, crop, size)).transpose(2, 0, 1)
 
 
-def _sha256(source: Source) -> str:
-    if source.path.is_dir():
-        digest = hashlib.sha256()
-        for name in source.names:
-            content = (source.path / name).read_bytes()
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        return digest.hexdigest()
-    with open(source.path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ the cache
-def _cached(source: Source, names: list[str], setting: dict) -> np.ndarray:
-    """The array of the setting from the cache, decoded into it first if it is not there, whole and undamaged."""
-    key = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
-    path = root() / "build" / "celeba" / f"{setting['crop']}-{setting['size']}-{key}.npy"
-    if not _whole(path, setting):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)                # another process may be at it: wait, then look again
-                if not _whole(path, setting):
-                    _decode(source, names, setting, path)
-        except OSError as error:
-            need = setting["images"] * _bytes(setting) / 1e9
-            raise DataError(f"cannot keep the decoded images in {path.parent} ({need:.1f} GB): {error.strerror}; free "
-                            "space or make the folder writable, and repeat: it goes on where it was") from None
-    return _mapped(path, setting)
-
-
-def _bytes(setting: dict) -> int:
-    return 3 * setting["size"] ** 2
-
-
-def _shape(setting: dict) -> tuple[int, ...]:
-    return setting["images"], 3, setting["size"], setting["size"]
-
-
-def _header(setting: dict) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": _shape(setting)})
-    return file.getvalue()
-
-
-def _mapped(path: Path, setting: dict) -> np.ndarray:
-    return np.memmap(path, np.uint8, "c", len(_header(setting)), _shape(setting))
-
-
-def _whole(path: Path, setting: dict) -> bool:
+# ------------------------------------------------------------------------------------------------ which source it is
+def _sha256(source: Source, seen: str) -> str:
+    """SHA-256 of a zip, or of the names and contents of a folder's images; remembered with the fingerprint `seen`."""
+    memory = _folder() / "sources.json"
     try:
-        header = _header(setting)
-        with open(path, "rb") as file:
-            if file.read(len(header)) != header:
-                return False
-        return len(_sound(path, path, setting)) == -(-setting["images"] // setting["chunk"])
-    except OSError:
-        return False
-
-
-def _sound(array: Path, path: Path, setting: dict) -> dict[str, str]:
-    """The journal of the chunks, {first image: SHA-256}, without those that the file does not hold as it says."""
+        known = json.loads(memory.read_text())
+        if known[str(source.path)][0] == seen:
+            return str(known[str(source.path)][1])
+    except (OSError, ValueError, LookupError, TypeError):
+        known = {}
     try:
-        journal = json.loads(path.with_suffix(".json").read_text())
-        if journal["setting"] != setting:
-            return {}
-        images = _mapped(array, setting) if array.stat().st_size == len(_header(setting)) + (
-            setting["images"] * _bytes(setting)) else None
-        return {i: digest for i, digest in journal["chunks"].items()
-                if hashlib.sha256(images[int(i):int(i) + setting["chunk"]]).hexdigest() == digest}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        digest = _digest(source)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or source.path}: {error.strerror}") from None
+    with contextlib.suppress(OSError):                          # it is then read again
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memory, json.dumps(known | {str(source.path): [seen, digest]}, indent=1).encode())
+    return digest
 
 
-def _decode(source: Source, names: list[str], setting: dict, path: Path) -> None:
-    """Decode the images that are not yet in the cache, chunk by chunk; the cache gets its name when it is whole."""
-    partial, journal = path.with_suffix(".partial"), path.with_suffix(".json")
-    if path.exists():
-        os.replace(path, partial)                               # damaged: what is sound of it is kept
-    done = _sound(partial, path, setting)
-    header, each = _header(setting), _bytes(setting)
-    with open(partial, "r+b" if partial.exists() else "w+b") as file:
-        _reserve(file, len(header) + len(names) * each)
-        file.write(header)
-        with _progress(setting, done) as bar:
-            for start, pixels in _chunks(source, names, setting, done, bar):
-                file.seek(len(header) + start * each)
-                file.write(pixels)
-                file.flush()
-                os.fsync(file.fileno())
-                done[str(start)] = hashlib.sha256(pixels).hexdigest()
-                write_atomic(journal, json.dumps({"setting": setting, "chunks": done}).encode())
-    os.replace(partial, path)
+def _fingerprint(source: Source) -> str:
+    """Changes with the names, sizes and times of the files."""
+    files = [source.path / name for name in source.names] if source.path.is_dir() else [source.path]
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            stat = file.stat()
+            digest.update(f"{file.name}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\0".encode())
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
-def _reserve(file, size: int) -> None:
-    """Make the file that large, so that a disk that is too full is known before the work."""
-    file.truncate(size)
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
+def _digest(source: Source) -> str:
+    if source.path.is_file():
+        with open(source.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for name in _bar(source.names, "reading"):
+        content = (source.path / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
-def _chunks(source: Source, names: list[str], setting: dict, done: dict, bar: tqdm) -> Iterator[tuple[int, np.ndarray]]:
-    """(first image, uint8 [chunk, 3, size, size]) of the chunks that are not done."""
-    def fill(i: int) -> int:
-        for j, name in enumerate(part[i:i + 16], i):
-            pixels[j] = _pixels(source, read, name, setting)
-        return len(part[i:i + 16])
-
-    with (_reader(source.path) as read, ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings()):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for start in range(0, len(names), setting["chunk"]):
-            if str(start) not in done:
-                part = names[start:start + setting["chunk"]]
-                pixels = np.empty((len(part), *_shape(setting)[1:]), np.uint8)
-                for count in pool.map(fill, range(0, len(part), 16)):
-                    bar.update(count)
-                yield start, pixels
+def _folder() -> Path:
+    return root() / "build" / "celeba"
 
 
-def _progress(setting: dict, done: dict) -> tqdm:
-    n = sum(min(setting["chunk"], setting["images"] - int(start)) for start in done)
-    return tqdm(total=setting["images"], initial=n, desc="decoding celeba", unit="image", leave=False,
+def _bar(items: Iterable | None, what: str, total: int | None = None, done: int = 0) -> tqdm:
+    return tqdm(items, desc=f"{what} celeba", total=total, initial=done, unit="image", leave=False,
                 disable=not interactive())

@@ -43,7 +43,7 @@ class DataError(BookError):
 class Dataset:
     """Images uint8 [N, C, H, W] in 0..255, labels int64 [N]; `sha256` is of the source, before any resizing.
 
-    `factors` (generated data only): {"train" | "test": {factor: float tensor [N]}}.
+    `factors` (generated data only): {"train" | "test": {factor: float tensor [N]}}; `source` (celeba): what was read.
     """
     name: str
     train: Tensor
@@ -53,6 +53,7 @@ class Dataset:
     label_names: tuple[str, ...]
     sha256: str
     factors: dict = field(default_factory=dict, repr=False)
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -146,13 +146,13 @@ def test_the_list_names_every_notebook_parameter_and_preset(succeeds):
 def test_the_data_sets_are_listed(checkout, fails, succeeds):
     text = succeeds("data")
     assert [line for line in text.splitlines() if line[0] != " "] == [
-        "mnist", "fashionmnist", "digits", "shapes", "newsgroups", "topics", "newsgroups-texts", "mnist-static",
-        "inception"]
-    assert text.count("state    embedded") == 3 and text.count("licence") == 9
+        "mnist", "fashionmnist", "digits", "shapes", "celeba", "newsgroups", "topics", "newsgroups-texts",
+        "mnist-static", "inception"]
+    assert text.count("state    embedded") == 3 and text.count("licence") == 10
     assert "get it   python -m lib data --fetch mnist\n" in text
     assert succeeds("data", "--fetch", "digits") == "digits is embedded: nothing to fetch\n"
     said = fails("data", "--fetch", "mnits")
-    assert said == ("unknown data set 'mnits': known are mnist, fashionmnist, digits, shapes, newsgroups, "
+    assert said == ("unknown data set 'mnits': known are mnist, fashionmnist, digits, shapes, celeba, newsgroups, "
                     "topics, newsgroups-texts, mnist-static, inception")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib import data
+from lib import data, shapes
 
 MNIST = data.SOURCES["mnist"]
 
@@ -86,7 +86,7 @@ def drawn(**changes):
     """Float images [n, 3, 64, 64] of squares at the centre unless a factor is given as a list of n values."""
     n = len(next(iter(changes.values())))
     factors = {"shape": 0.0, "x": 0.0, "y": 0.0, "radius": 0.4, "angle": 0.0, "hue": 0.0, "ground": 0.5}
-    return data._draw({name: torch.tensor(changes.get(name, [value] * n)) for name, value in factors.items()}).float()
+    return shapes.draw({name: torch.tensor(changes.get(name, [value] * n)) for name, value in factors.items()}).float()
 
 
 def coverage(images):

@@ -271,7 +271,7 @@ def test_fetching_texts_takes_either_archive_and_listing_tells_of_it(posts, tmp_
 @pytest.mark.parametrize("name", data.DOCUMENTS)
 def test_documents_given_to_a_notebook_of_images_are_refused(name):
     assert complaint(data.load, name, 32) == \
-        f"{name} has documents, not images: choose one of mnist, fashionmnist, digits, shapes"
+        f"{name} has documents, not images: choose one of mnist, fashionmnist, digits, shapes, celeba"
 
 
 def test_images_given_to_a_notebook_of_documents_are_refused():
