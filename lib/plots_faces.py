@@ -1,9 +1,12 @@
 """Figures of the 64x64 autoencoders and of disentanglement, in the style of plots.py."""
+import math
 import statistics
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
+from torch import Tensor
 
 from lib.evaluate import paired
 from lib.plots import MARKERS, PALETTE, WIDTH
@@ -32,8 +35,9 @@ def training(history: dict, panels: dict[str, dict[str, str]], title: str = "") 
 def _logarithmic(ax) -> None:
     """A logarithmic y-axis, its ticks plain numbers."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(LogFormatter())
-    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
 
 
 # ------------------------------------------------------------------------------------------------ recorded runs
@@ -73,17 +77,15 @@ def learning_rates(records: list[dict], metric: str = "rec", ylabel: str = "squa
 
 def appearance(records: list[dict]) -> Figure:
     """Sharpness and diversity of samples and reconstructions of each record, 1 being the test images', ±2 errors."""
-    panels = {"sharpness": "as sharp as the test images", "diversity": "as diverse as the test images"}
     shown = [record for record in records if "sharpness_samples" in record["metrics"]]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1.2 + 0.34 * len(shown)), sharey=True)
-    for ax, (measure, told) in zip(axes, panels.items(), strict=True):
+    for ax, measure in zip(axes, ("sharpness", "diversity"), strict=True):
         ax.axvline(1, c="0.5", lw=1)
         for kind, (marker, colour) in LOOKS.items():
             found = [record["metrics"][f"{measure}_{kind}"] for record in shown]
             value, error = [m["value"] for m in found], [2 * (m["se"] or 0) for m in found]
             ax.errorbar(value, range(len(shown)), xerr=error, fmt=marker, c=colour, ms=5, mfc="none", label=kind)
-        ax.set(title=f"{measure} (1: {told})", xlim=(0, None))
-        ax.title.set_fontsize(9)
+        ax.set(title=measure, xlabel="1: as the test images", xlim=(0, None))
     names = in_words(shown, ("model",))
     axes[0].set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown) - 0.5, -0.5))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -96,10 +98,14 @@ def by_beta(panels: dict[str, dict[str, dict[float, dict[int, float]]]]) -> Figu
 
     The interval is Student's over seeds; beta is on a logarithmic axis, the settings side by side.
     """
-    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.2), squeeze=False)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, 0.5 + 2.3 * rows), squeeze=False)
     betas = sorted({beta for settings in panels.values() for runs in settings.values() for beta in runs})
     settings = list(dict.fromkeys(setting for found in panels.values() for setting in found))
-    for ax, (name, found) in zip(axes[0], panels.items(), strict=True):
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    for ax, (name, found) in zip(axes.flat, panels.items(), strict=False):
         for i, setting in enumerate(settings):
             shift, colour = 1.13 ** (i - (len(settings) - 1) / 2), PALETTE[i % len(PALETTE)]
             line = sorted(found.get(setting, {}).items())
@@ -116,4 +122,25 @@ def by_beta(panels: dict[str, dict[str, dict[float, dict[int, float]]]]) -> Figu
         ax.minorticks_off()
     if settings:
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(settings)))
+    return fig
+
+
+def information(found: dict[str, Tensor], use: Tensor, title: str = "") -> Figure:
+    """Nats that each dimension tells of each factor, {factor: [z_dim]}, as a table in grey.
+
+    use [z_dim]: the KL of each dimension, in nats; the largest comes first.
+    """
+    order = use.argsort(descending=True).cpu()
+    table = torch.stack(list(found.values())).cpu()[:, order].clamp_min(0).numpy()
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.32 * len(table)))
+    ax.imshow(table, cmap="Greys", vmin=0, vmax=max(1.0, table.max().item()), aspect="auto")
+    for i, row in enumerate(table.tolist()):
+        for j, value in enumerate(row if len(row) <= 20 else ()):
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if value > 0.55 * max(1.0, table.max().item()) else "black")
+    names = [f"$z_{{{j + 1}}}$\n{use[j]:.2g}" for j in order.tolist()]
+    ax.set(xticks=range(len(names)), xticklabels=names, yticks=range(len(found)), yticklabels=list(found), title=title,
+           xlabel="dimension, and its KL [nats]")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return fig

@@ -71,6 +71,8 @@ def traverse_each(model: Autoencoder, dims: list[int], n_traverse: int, traverse
 
     [len(dims), n_traverse, C, S, S]. Raises ValueError: no dims or one that the code has not, a range as in `check`.
     """
+    if not dims:
+        raise ValueError("there are no dimensions to traverse: name at least one")
     for dim in dims:
         check(model.z_dim, 1, batch_size, 2, n_traverse, traverse_range, dim)
     z = _codes(model, 1, generator)[:, None].repeat(len(dims), n_traverse, 1)
