@@ -15,7 +15,8 @@ import sys
 from benchmarks import harness, records
 from lib import BookError, data, root, runs, train
 
-WORKS = ("symmetric", "autoencoders", "gmm", "semhash", "vampprior")
+WORKS = ("symmetric", "autoencoders", "gmm", "semhash", "vampprior", "celeba-gan", "celeba-joint")
+EMBEDDED = {"mnist": "digits", "celeba": "shapes"}                   # images of the same size that need no file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +70,7 @@ def _check(options) -> None:
 
 def _measure(name: str, options, git: dict) -> dict:
     """The record of one work."""
-    work, device = importlib.import_module(f"benchmarks.{name}"), train.device(options.device)
+    work, device = importlib.import_module(f"benchmarks.{name.replace('-', '_')}"), train.device(options.device)
     defaults = work.SETTINGS | (work.CUDA if device.type == "cuda" else {})
     changes = dict(word.split("=", 1) for word in options.set)
     settings = settings_of(name, defaults, changes | ({"batch": str(options.batch)} if options.batch else {}))
@@ -85,11 +86,11 @@ def _measure(name: str, options, git: dict) -> dict:
 def settings_of(name: str, defaults: dict, changes: dict[str, str]) -> dict:
     """The work's settings with the changes asked for. BenchmarkError: an unknown name, a value of another type.
 
-    MNIST, if it is not at hand and was not asked for, is replaced by the embedded digits: images of the same size.
+    MNIST or CelebA, if it is not at hand and was not asked for, is replaced by an embedded data set: see EMBEDDED.
     """
     settings = dict(defaults)
-    if settings.get("dataset") == "mnist" and not data.find("mnist"):
-        settings["dataset"] = "digits"
+    if (dataset := settings.get("dataset")) in EMBEDDED and not data.find(dataset):
+        settings["dataset"] = EMBEDDED[dataset]
     for key, text in changes.items():
         if key not in defaults:
             raise harness.BenchmarkError(f"{name} has no setting {key!r}{runs.nearest(key, defaults)}")

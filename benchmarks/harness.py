@@ -55,15 +55,20 @@ FEEDS = {"resident slices": slices, "DataLoader": loader}
 
 
 def fed(work: ModuleType, data: Tensor, device: torch.device) -> Tensor:
-    """What the plain loop of a work has its batches from, on the device: the data, or what its `fed` makes of them."""
+    """What the plain loop of a work has its batches from, on the device: the data, or what its `fed` makes of them.
+
+    A work with `feeds` of its own has them from the data as they are.
+    """
+    if hasattr(work, "feeds"):
+        return data
     data = data.to(device)
     return work.fed(data) if hasattr(work, "fed") else data
 
 
-def feeding(data: Tensor, size: int, repeats: int = 20) -> dict[str, float]:
-    """Milliseconds that a batch takes from each of FEEDS."""
+def feeding(data: Tensor, size: int, repeats: int = 20, feeds: dict[str, Callable] = FEEDS) -> dict[str, float]:
+    """Milliseconds that a batch takes from each of the feeds."""
     found = {}
-    for name, feed in FEEDS.items():
+    for name, feed in feeds.items():
         batches = feed(data, size)
         next(batches)
         wait(data.device)
@@ -96,9 +101,10 @@ class Plain:
         start = work.book(settings, data, torch.device("cpu"))["state"]     # not on the device: none of its memory
         self.device, data = device, fed(work, data, device)
         size = settings["batch"]
-        self.feeding = feeding(data, size) if size < len(data) else {}
-        self.feed = min(self.feeding, key=self.feeding.get) if self.feeding else "all of the data"
-        batches = FEEDS[self.feed](data, size) if self.feeding else itertools.repeat(data)
+        feeds = work.feeds(settings, device) if hasattr(work, "feeds") else FEEDS if size < len(data) else {}
+        self.feeding = feeding(data, size, feeds=feeds)
+        self.feed = min(self.feeding, key=self.feeding.get) if feeds else "all of the data"
+        batches = feeds[self.feed](data, size) if feeds else itertools.repeat(data)
         self.loop, self.model = work.plain(settings, data, batches, device)
         same_weights(self.model, start)
         self.metric, self.value = work.METRIC, math.nan
@@ -331,7 +337,9 @@ def holds(work: ModuleType, settings: dict, data: Tensor, device: torch.device, 
 
 def judged(aims: list[dict], settings: dict, device: torch.device, row: dict) -> list[dict]:
     """The work's aims for this device and size: [{"what", "wanted", "got", "met"}]; none elsewhere."""
-    found, got = [], {"ratio": row["ratio"]["median"], "share": row["achieved"]["share"]}
+    found = []
+    got = {"ratio": row["ratio"]["median"], "share": row["achieved"]["share"],
+           "rate": row["steps_per_second"]["median"]}
     for aim in aims:
         if aim["device"] == device.type and all(settings[name] == value for name, value in aim["settings"].items()):
             found += [{"what": what, "wanted": aim[what], "got": got[what], "met": got[what] >= aim[what]}

@@ -146,7 +146,8 @@ def memory(row: dict) -> str:
 
 def aim(found: dict) -> str:
     """One aim and what became of it."""
-    what = {"ratio": f"{found['wanted']:g} times the plain loop", "share": f"{found['wanted']:.0%} of the roofline"}
+    what = {"ratio": f"{found['wanted']:g} times the plain loop", "share": f"{found['wanted']:.0%} of the roofline",
+            "rate": f"{found['wanted']:.0f} steps/s"}
     return f"{what[found['what']]}: {'met' if found['met'] else 'missed'}"
 
 
