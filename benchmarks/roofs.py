@@ -179,10 +179,13 @@ class Company:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds: of the clock, of the whole machine's work, of this process's and its ended children's."""
-        times, own = psutil.cpu_times(), os.times()
+        """Seconds: of the clock, of the whole machine's work, of this process and its children."""
+        times, own = psutil.cpu_times(), sum(os.times()[:4])
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):                     # it has just ended: counted above
+                own += sum(child.cpu_times()[:2])
         busy = sum(times[:]) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
-        return time.monotonic(), busy, sum(own[:4])
+        return time.monotonic(), busy, own
 
 
 # ------------------------------------------------------------------------------------------------ what holds a step

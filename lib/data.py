@@ -316,7 +316,8 @@ def instead(name: str) -> str:
         return "without it, documents are shown as their words and counts"
     if name in BINARY:
         return "without it, MNIST is binarised here, by a fixed seed"
-    return f"the embedded data set {'digits' if 'mnist' in name else 'topics'!r} needs no file"
+    embedded = {"celeba": "shapes", "newsgroups": "topics"}.get(name, "digits")
+    return f"the embedded data set {embedded!r} needs no file"
 
 
 def _read_idx(name: str, folder: Path, file: str) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib.disentanglement import dci, disentanglement, mig, mutual_information  # noqa: F401 (for those who import evaluate)
 from lib.numerics import precision
+from lib.wasserstein import baseline, patch_swd, sliced_wasserstein  # noqa: F401
 
 KERNELS = ("original", "gaussian")
 ROWS = {"cpu": 1000, "cuda": 5000}   # pairs per call of log_weights, see `log_likelihood`

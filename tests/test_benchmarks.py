@@ -1,8 +1,12 @@
 """The benchmarks: both loops learn the same, what is counted is right, records are whole and of committed code only."""
 import json
 import math
+import subprocess
+import sys
+import time
 from itertools import cycle
 
+import psutil
 import pytest
 import small_benchmark
 import torch
@@ -287,6 +291,16 @@ def test_the_company_of_this_process_is_not_its_own_work():
         torch.rand(300, 300).matrix_power(200)
     assert set(company.found) == {"cores", "load_before", "load_after", "others"}
     assert 0 <= company.found["others"] <= company.found["cores"]
+
+
+def test_the_work_of_a_loaders_worker_is_this_processes_own():
+    before = roofs.Company._now()[2]
+    work = "import time; [i * i for i in range(2 * 10 ** 7)]; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", work]) as worker:
+        while (spent := sum(psutil.Process(worker.pid).cpu_times()[:2])) < 0.5:
+            time.sleep(0.05)
+        assert roofs.Company._now()[2] - before >= spent
+        worker.kill()
 
 
 # ------------------------------------------------------------------------------------------------ a whole benchmark

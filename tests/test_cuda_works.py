@@ -4,9 +4,10 @@ As in test_cuda.py, what is not of the GPU alone runs on the CPU as well, where 
 """
 import pytest
 import recorded_graph
+import small_gan
 import torch
 
-from lib import bags, binarised, data, documents, hvae, semhash, symmetric, train, vampprior
+from lib import bags, binarised, data, dcgan, documents, hvae, semhash, symmetric, train, vampprior
 from lib import vamplikelihood as paper
 from lib import vampport as port
 
@@ -194,3 +195,47 @@ def test_cpu_and_cuda_agree_on_a_vampprior(changed):
     for name in ("loss", "rec", "val_loss"):
         assert cuda[name][0] == pytest.approx(cpu[name][0], rel=0.05), name
         assert cuda[name][-1] == pytest.approx(cpu[name][-1], rel=0.05), name
+
+
+# ------------------------------------------------------------------------------------------------ GAN as ground truth
+def assert_same_state(own, eager):
+    """Two training states, to the bit."""
+    assert own.keys() == eager.keys()
+    for name, item in own.items():
+        if isinstance(item, torch.Generator):
+            assert torch.equal(item.get_state(), eager[name].get_state()), name
+        elif isinstance(item, torch.optim.Optimizer):
+            for moments, others in zip(item.state.values(), eager[name].state.values(), strict=True):
+                assert moments and all(torch.equal(moments[key], others[key]) for key in others), name
+        else:
+            values, others = item.state_dict(), eager[name].state_dict()
+            assert values and all(torch.equal(values[key], others[key]) for key in others), name
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["gan", "encoder", "joint"])
+def test_replays_of_the_gans_steps_are_the_eager_ones(kind, numerics, device, monkeypatch):
+    """Running statistics, the clock and what the joint step tracks included."""
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+    one, other = (small_gan.steps(kind, device) for _ in range(2))
+    histories = [train.fit(**each, steps=14, log_every=4, checkpoint_every=4, numerics=numerics, graph=graph)
+                 for each, graph in ((one, True), (other, False))]
+    assert histories[0] == histories[1] and histories[0]["step"] == [4, 8, 12, 14] and len(replays) == 2
+    assert int(one["state"]["clock"].steps) == 14
+    assert_same_state(one["state"], other["state"])
+
+
+@GPU
+@pytest.mark.parametrize(("kind", "names"), [
+    ("gan", ("loss_d", "loss_g", "d_real")), ("encoder", ("loss", "error")), ("joint", ("rec", "kl"))])
+def test_cpu_and_cuda_agree_on_the_gans_steps(kind, names):
+    """The noise differs, so the training agrees in distribution."""
+    jobs = [small_gan.steps(kind, place, batch=24, lr=1e-4) for place in ("cpu", "cuda")]
+    z = torch.randn(5, small_gan.NZ, generator=train.generator(1))
+    nets = [job["state"]["generator" if kind == "gan" else "truth"] for job in jobs]
+    images = [dcgan.generate(net, z.to(place)).cpu() for net, place in zip(nets, ("cpu", "cuda"), strict=True)]
+    torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
+    cpu, cuda = (train.fit(**job, steps=40, log_every=20, numerics="fp32") for job in jobs)
+    for name in names:
+        assert cuda[name] == pytest.approx(cpu[name], rel=0.1), name
