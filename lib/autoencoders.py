@@ -44,6 +44,12 @@ def check_used(kind: str, changed) -> None:
             raise ValueError(f"parameter {name} does nothing for model {kind!r}: it is for {', '.join(USED_BY[name])}")
 
 
+def check_sizes(steps: int, batch_size: int) -> None:
+    """Raise ValueError for numbers that cannot be trained with: batch normalisation needs two images."""
+    if steps < 0 or batch_size < 2:
+        raise ValueError(f"steps >= 0 and batch_size >= 2 are needed, got {steps} and {batch_size}")
+
+
 class Encoder(nn.Module):
     """x [B, C, S, S] -> mean and log variance of q(z|x), each [B, z_dim]; S = 4 * 2^len(multipliers)."""
 

@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from lib import data, imagecache, root, write_atomic
 from lib.data import DataError, Dataset
 from lib.imagecache import StaleError
+from lib.runs import reduced
 from lib.train import interactive
 
 CROPS = ("resize-centre", "face-128", "resize", "centre-140")
@@ -91,6 +92,14 @@ def load(size: int = 64, crop: str = "resize") -> Dataset:
     none = torch.empty(0, dtype=torch.int64)
     return Dataset("celeba", images[:len(train)], images[len(train):], none, none, (), setting["sha256"],
                    source=f"{len(source.names):,} images in {source.path.name}, {crop}")
+
+
+def origin(run, images: Dataset) -> dict:
+    """For a run's results.json: what its images are, and what is reduced, a part of CelebA included."""
+    n, whole, found = len(images.train), len(TRAIN), reduced(run.experiment, run.parameters)
+    if images.name == "celeba" and n != whole:
+        found.append(f"{n:,} training images instead of {whole:,}")
+    return {"reduced": found, "source": images.source or images.name}
 
 
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ METRICS = (*SCORES, "dci_completeness", "dci_informativeness", "active_units", "
 
 def check(parameters: dict) -> None:
     """Raise ValueError, before anything is drawn or trained, for values that would fail or mean nothing later."""
-    for name, least in {"steps": 0, "batch_size": 1, "z_dim": 2, "n_train": 2, "n_test": 2, "replicas": 1}.items():
+    for name, least in {"steps": 0, "batch_size": 2, "z_dim": 2, "n_train": 2, "n_test": 2, "replicas": 1}.items():
         if parameters[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {parameters[name]}")
     if parameters["batch_size"] > parameters["n_train"]:
@@ -39,8 +39,13 @@ def check(parameters: dict) -> None:
 
 
 def scenes(n_train: int, n_test: int) -> Dataset:
-    """Freshly drawn scenes with their factors; 4,096 and 512 of them are the data set `shapes`."""
+    """Freshly drawn scenes with their factors; 4,096 and 512 of them are the data set `shapes`.
+
+    Raises ValueError: so few that a kind of shape is not among them, and no score could be given.
+    """
     (x, train), (x_test, test) = shapes(n_train, seed=0), shapes(n_test, seed=1)
+    if min(len(factors["shape"].unique()) for factors in (train, test)) < len(SHAPES):
+        raise ValueError(f"{n_train} training and {n_test} test scenes do not show every kind of shape: draw more")
     digest = hashlib.sha256(x.numpy().tobytes() + x_test.numpy().tobytes()).hexdigest()
     return Dataset("shapes", x, x_test, train["shape"].long(), test["shape"].long(), SHAPES, digest,
                    {"train": train, "test": test})

@@ -7,6 +7,7 @@ import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError
@@ -28,9 +29,10 @@ CURVES = {"celeba-gan": {"loss [nats per image]": {"loss_d": "discriminator", "l
                                                        "d_fake_after": "generated, after the step"}},
           "celeba-encoder": {"−log q(z|x) [nats per image]": {"loss": "−log q(z|x)"},
                              "of a dimension of z": {"error": "squared error of the mean", "sigma": "sigma"}},
-          "celeba-joint": {"nats per image": {"elbo_running": "ELBO, running mean"},
-                           "KL [nats per image]": {"kl": "KL"},
-                           "aggregate posterior": {"moment_1": "r.m.s. of E z", "moment_2": "mean of E z²"}}}
+          "celeba-joint": {"ELBO [nats per image]": {"elbo_running": "running mean", "val_elbo": "fixed images"},
+                           "KL [nats per image]": {"kl": "KL"}},
+          "drift": {"r.m.s. of pixels in [-1, 1]": {"drift": "decoder less truth"},
+                    "aggregate posterior": {"moment_1": "r.m.s. of E z", "moment_2": "mean of E z²"}}}
 
 
 # ------------------------------------------------------------------------------------------------ the stage before
@@ -79,12 +81,18 @@ def before(run: runs.Run, folder: str | Path, epoch: int = 0) -> Stage:
 
 
 def _smoke(run: runs.Run, experiment: str) -> Path:
-    """The folder, inside the run's own, of a run of the experiment at its notebook's defaults, which is made now."""
+    """The folder, inside the run's own, of a run of the experiment at its notebook's defaults, which is made now.
+
+    If the run is resumed and the folder is complete, it is the one that the run began with.
+    """
     own = runs.Run(experiment, "default", "", runs.check(experiment, {}), run.folder / experiment, run.git, added=True)
+    if run.parameters.get("resume") and (own.folder / "results.json").is_file():
+        return own.folder
     runs.make_folder(own.folder)
     values, where = own.parameters, device(run.parameters["device"])
     if experiment == "celeba-gan":
-        job, more = gan(values, images(values), where, own.folder), {}
+        faces = images(values)
+        job, more = gan(values, faces, where, own.folder), {"dataset": faces}
     else:
         stage = before(own, "")
         make = {"celeba-encoder": encoder, "celeba-joint": joint}[experiment]
@@ -133,18 +141,20 @@ def digest(*modules: nn.Module) -> str:
 
 
 def chain(stage: Stage) -> list[dict]:
-    """The runs that a stage comes from, itself last: experiment, run, parameters, what is reduced, commit, command."""
-    own = {name: stage.record[name] for name in ("experiment", "run", "parameters", "reduced", "git", "command")}
-    return [*stage.record.get("chain", []), own]
+    """For results.json: the runs that a stage comes from, itself last, with what was trained where on what."""
+    names = ("experiment", "run", "parameters", "seed", "dataset", "reduced", "git", "made_by", "command")
+    return [*stage.record.get("chain", []), {name: stage.record[name] for name in names}]
 
 
 def origin(run: runs.Run, stage: Stage) -> dict:
-    """For the run's results.json: its chain, the parameter that names it, and what is reduced in it and in the run."""
+    """For the run's results.json: its chain, the parameter that names it, what is reduced in it and in the run, and the
+    GAN's images and seed: another ground truth is what a repetition has to differ in.
+    """
     before, name = chain(stage), BEFORE[run.experiment].removeprefix("celeba-")
     own = [what for what in runs.reduced(run.experiment, run.parameters) if not what.startswith(f"{name} ")]
-    earlier = [what for what in stage.record["reduced"] if ": " in what]
-    last = [f"{stage.record['experiment']}: {what}" for what in stage.record["reduced"] if ": " not in what]
-    return {"chain": before, "started_from": name, "reduced": [*earlier, *last, *own]}
+    earlier = [f"{one['experiment']}: {what}" for one in before for what in one["reduced"] if ": " not in what]
+    return {"chain": before, "started_from": name, "reduced": [*earlier, *own], "seed": before[0]["seed"],
+            "dataset": SimpleNamespace(**before[0]["dataset"])}
 
 
 # ------------------------------------------------------------------------------------------------ the three trainings

@@ -11,7 +11,7 @@ from torch import Tensor
 from lib import dcgan, inception
 from lib.autoencoders import pixels
 from lib.data import Dataset
-from lib.evaluate import estimate, exact, frechet, moments
+from lib.evaluate import Moments, estimate, exact, frechet, moments
 from lib.stochastic import diagonal_log_prob, gaussian_kl, gaussian_log_prob, reparameterise
 from lib.train import precision
 from lib.wasserstein import patch_swd, sliced_wasserstein
@@ -26,18 +26,18 @@ def samples(net: dcgan.Generator, n: int, noise: torch.Generator) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ distances
-def distances(a: Tensor, b: Tensor, noise: torch.Generator, net=None) -> dict[str, dict]:
-    """Distances of two sets of images, uint8 [n, 3, 64, 64] each.
+def distances(a: Tensor, b: Tensor, noise: torch.Generator, net=None, known: Moments | None = None) -> dict[str, dict]:
+    """Distances of two independent sets of images, uint8 [n, 3, 64, 64] each.
 
     swd_64, swd_32, swd_16, swd: sliced Wasserstein distance of patches by scale, and their mean (`patch_swd`);
-    sw_pixels: of whole images (`sliced_wasserstein`); with net, an `inception.load`, also fid. Sets that are compared
-    with the generator in the same state are so along the same directions.
+    sw_pixels: of whole images (`sliced_wasserstein`); with net, an `inception.load`, also fid, known: `moments_of` b.
+    Sets that are compared with the generator in the same state are so along the same directions.
     """
     found = patch_swd(a, b, noise)
     found["swd"] = found.pop("swd_mean")
     found["sw_pixels"] = sliced_wasserstein(a, b, noise)
     if net is not None:
-        found["fid"] = frechet(*(moments(inception.features(net, x)) for x in (a, b)), unit="FID")
+        found["fid"] = frechet(moments_of(a, net), known or moments_of(b, net), unit="FID")
     return found
 
 
@@ -46,25 +46,42 @@ def judge(where: torch.device):
     return inception.load(where) if inception.available() else None
 
 
+def moments_of(images: Tensor, net) -> Moments | None:
+    """Moments of the Inception network's features of uint8 images; None without a network."""
+    return None if net is None else moments(inception.features(net, images), blocks=10)
+
+
 def against_real(net: dcgan.Generator, images: Dataset, n: int, noise: torch.Generator) -> dict[str, dict]:
     """What celeba-gan measures of n generated images, or as many as there are test images.
 
     spread: root mean square deviation from their mean image; {distance}_real: of generated and test images,
-    {distance}_floor: of training and test images.
+    {distance}_floor: of training and test images, which is what real images reach.
     """
     n, device = min(n, len(images.test), len(images.train)), noise.device
-    drawn = _uint8(samples(net, n, noise))
-    spread = (drawn - drawn.float().mean(0)).square().mean().sqrt() / 127.5
-    test, train = images.test[:n].to(device), images.train[:n].to(device)
-    metrics, inception_net, state = {"spread": exact(spread, "pixels in [-1, 1]")}, judge(device), noise.get_state()
-    for name, other in {"real": drawn, "floor": train}.items():
+    drawn, mean = generated(net, n, noise), 0
+    for part in drawn.split(BATCH):
+        mean = mean + part.double().sum(0) / n
+    apart = torch.cat([(part - mean).square().mean((1, 2, 3)) for part in drawn.split(BATCH)]) / 127.5 ** 2
+    metrics, state = {"spread": root(estimate(apart, "pixels in [-1, 1]"))}, noise.get_state()
+    test, judging = images.test[:n].to(device), judge(device)
+    known = moments_of(test, judging)
+    for name, other in {"real": drawn, "floor": images.train[:n].to(device)}.items():
         noise.set_state(state)
-        metrics |= {f"{key}_{name}": value for key, value in distances(other, test, noise, inception_net).items()}
+        metrics |= {f"{key}_{name}": value for key, value in distances(other, test, noise, judging, known).items()}
     return metrics
 
 
-def _uint8(images: Tensor) -> Tensor:
-    return (255 * images).round().to(torch.uint8)
+def root(mean_square: dict) -> dict:
+    """The metric's square root, its error by the delta method."""
+    value = math.sqrt(mean_square["value"])
+    se = mean_square["se"] / (2 * value) if mean_square["se"] and value else mean_square["se"]
+    return {**mean_square, "value": value, "se": se}
+
+
+def generated(net: dcgan.Generator, n: int, noise: torch.Generator, norm: str = "running") -> Tensor:
+    """Image means of n codes z ~ N(0, I): uint8 [n, 3, 64, 64]."""
+    z = torch.randn(n, net.nz, generator=noise, device=noise.device)
+    return torch.cat([dcgan.to_uint8(dcgan.generate(net, part, norm)) for part in z.split(BATCH)])
 
 
 @torch.no_grad()
@@ -95,33 +112,40 @@ def compare(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: torc
             sigma: float = dcgan.SIGMA) -> dict[str, dict]:
     """How far each pair's images are from the ground truth's: every distance of `distances`, {distance}_{name}{how}.
 
-    how: "" networks in evaluation mode, no noise; "_noise": noise on the pair's images; "_batch1": all networks as in
-    training at batch size 1; "_as_published": as CODE, that is "_batch1", and for the pair "joint" with noise as well
-    (known fault 5). {distance}_floor: n images of the truth against n others; {distance}_samples: n images of the joint
-    decoder at codes from N(0, I) against them.
+    Every set is compared with n images of the truth at codes of their own, not with the originals that it reconstructs:
+    {distance}_floor, of those originals, is what images of the truth reach, and {distance}_samples is that of n images
+    of the joint decoder at codes from N(0, I). how: "" networks in evaluation mode, no noise; "_noise": noise on the
+    pair's images; "_batch1": all networks, also the truth, as in training at batch size 1; "_as_published": as CODE,
+    that is "_batch1", and for the pair "joint" with noise as well (known fault 5).
     """
-    sets, state, net = image_sets(truth, pairs, n, noise, sigma=sigma), noise.get_state(), judge(noise.device)
-    drawn = {"floor": truth} | ({"samples": pairs["joint"][1]} if "joint" in pairs else {})
-    compared = {name: (_uint8(samples(own, n, noise)), sets["originals"]) for name, own in drawn.items()}
-    compared |= {name: (own, sets["originals"]) for name, own in sets.items() if name != "originals"}
+    sets = image_sets(truth, pairs, n, noise, sigma=sigma)
+    sets["floor"] = sets.pop("originals")
+    if "joint" in pairs:
+        sets["samples"] = generated(pairs["joint"][1], n, noise)
     single = image_sets(truth, pairs, n, noise, "batch-1", sigma)
-    for name in pairs:
-        compared[f"{name}_batch1"] = (single[name], single["originals"])
-        as_code = single[f"{name}_noise" if name == "joint" else name]
-        compared[f"{name}_as_published"] = (as_code, single["originals"])
+    state, judging = noise.get_state(), judge(noise.device)
+    as_code = {name: f"{name}_noise" if name == "joint" else name for name in pairs}
+    chosen = {f"{name}_batch1": single[name] for name in pairs}
+    chosen |= {f"{name}_as_published": single[own] for name, own in as_code.items() if own != name}
     metrics = {}
-    for name, (own, originals) in compared.items():
+    for norm, compared in (("running", sets), ("batch-1", chosen)):
         noise.set_state(state)
-        metrics |= {f"{key}_{name}": value for key, value in distances(own, originals, noise, net).items()}
-    return metrics
+        reference = generated(truth, n, noise, norm)
+        known, after = moments_of(reference, judging), noise.get_state()
+        for name, own in compared.items():
+            noise.set_state(after)
+            metrics |= {f"{k}_{name}": value for k, value in distances(own, reference, noise, judging, known).items()}
+    same = [name for name, own in as_code.items() if own == name]             # nothing but the norm is CODE's there
+    return metrics | {name.replace("_batch1", "_as_published"): metric for name, metric in metrics.items()
+                      if any(name.endswith(f"_{pair}_batch1") for pair in same)}
 
 
 @torch.no_grad()
 def features(discriminator: dcgan.Discriminator, sets: dict[str, Tensor]) -> dict[str, dict]:
     """feature_{name}: squared error of the GAN's discriminator's features of reconstructions, one by one.
 
-    sets: of `image_sets`; the error is in units of the originals' variance (1: as far as another image, or more), the
-    features are those before its last layer [8 ndf, 4, 4].
+    sets: of `image_sets`; the error is in units of the originals' variance (1: as far as their mean, 2: as far as
+    another image), the features are those before the last layer [8 ndf, 4, 4].
     """
     def of(images: Tensor) -> Tensor:
         return torch.cat([discriminator.trunk(pixels(part)).flatten(1).float() for part in images.split(BATCH)])
@@ -162,17 +186,17 @@ UNITS = {"elbo": "nats per image", "rec": "nats per image", "kl": "nats per imag
          "mse": "squared error per pixel", "code_error": "squared error per dimension"}
 
 
-def likelihoods(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, seed: torch.Generator,
+def likelihoods(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: torch.Generator,
                 sigma: float = dcgan.SIGMA) -> dict[str, dict]:
     """Mean and error of every term of `terms` for each pair {name: (encoder, decoder)}, as {term}_{name}.
 
     All pairs see the same images. elbo_gain, of two pairs: the second's ELBO less the first's, image by image; ceiling:
     E log p*(x|z*), which no ELBO can pass: log p*(x) is lower still by the mutual information of x and z.
     """
-    state, metrics, elbos = seed.get_state(), {}, []
+    state, metrics, elbos = noise.get_state(), {}, []
     for name, (encoder, decoder) in pairs.items():
-        seed.set_state(state)
-        found = terms(truth, encoder, decoder, n, seed, sigma)
+        noise.set_state(state)
+        found = terms(truth, encoder, decoder, n, noise, sigma)
         metrics |= {f"{term}_{name}": estimate(value, UNITS[term]) for term, value in found.items()}
         elbos.append(found["elbo"].double())
     if len(elbos) == 2:
@@ -186,24 +210,24 @@ def ceiling(sigma: float = dcgan.SIGMA, dimensions: int = 3 * 64 * 64) -> float:
 
 
 def drift(truth: dcgan.Generator, decoder: dcgan.Generator, n: int, noise: torch.Generator) -> dict:
-    """Squared difference per pixel of the two decoders' images at the same z ~ N(0, I), as a metric over n codes."""
+    """Root mean square difference, pixels in [-1, 1], of two decoders' images at the same n codes z ~ N(0, I)."""
     z = torch.randn(n, truth.nz, generator=noise, device=noise.device)
     apart = [(dcgan.generate(truth, part) - dcgan.generate(decoder, part)).square().flatten(1).mean(1)
              for part in z.split(BATCH)]
-    return estimate(torch.cat(apart), UNITS["mse"])
+    return root(estimate(torch.cat(apart), "pixels in [-1, 1]"))
 
 
 @torch.no_grad()
-def reconstructions(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, seed: torch.Generator,
+def reconstructions(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: torch.Generator,
                     sigma: float = dcgan.SIGMA) -> dict[str, Tensor]:
     """n images of the truth, as drawn with their noise, and each pair's reconstructions: [n, 3, 64, 64] in [0, 1]."""
-    with dcgan.normalised("running", truth), precision("fp32", seed.device):
-        z, x = dcgan.draw(truth, n, seed, sigma)
+    with dcgan.normalised("running", truth), precision("fp32", noise.device):
+        z, x = dcgan.draw(truth, n, noise, sigma)
         found = {"G(z)": truth(z), "x": x}
     for name, (encoder, decoder) in pairs.items():
-        with dcgan.normalised("running", encoder, decoder), precision("fp32", seed.device):
+        with dcgan.normalised("running", encoder, decoder), precision("fp32", noise.device):
             mean, log_sigma = encoder(x)
-            found[name] = decoder(reparameterise(mean, 2 * log_sigma, seed))
+            found[name] = decoder(reparameterise(mean, 2 * log_sigma, noise))
     return {name: images.add(1).div(2).clamp(0, 1) for name, images in found.items()}
 
 

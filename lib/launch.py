@@ -128,12 +128,19 @@ def _shown(folder: Path) -> str:
 def record(folder: str, pictures: bool = True) -> str:
     """Copy a complete run's results.json and, if asked, its pictures into book/results; one line that says where.
 
-    Raises RunError if the run is not complete, was made by uncommitted code, or is recorded already with other numbers.
+    Raises RunError if the run, or one that it starts from, was made by uncommitted code; if it is not complete, names a
+    folder of this machine, or is recorded already with other numbers.
     """
     source = Path(folder)
     found = runs.read(source / "results.json")
-    if any(code["dirty"] or code["commit"] == "unknown" for code in [found["git"], *found.get("made_by", [])]):
-        raise runs.RunError(f"{folder} was made by uncommitted code: commit, run again, then record")
+    for one in [found, *found.get("chain", [])]:
+        if any(code["dirty"] or code["commit"] == "unknown" for code in [one["git"], *one.get("made_by", [])]):
+            raise runs.RunError(f"{folder} was made by uncommitted code ({one['experiment']}): commit, run again, then "
+                                "record")
+        for name, value in one["parameters"].items():
+            if isinstance(value, str) and Path(value).is_absolute():
+                raise runs.RunError(f"{folder} names a folder of this machine ({name} of {one['experiment']}): give it "
+                                    "from the checkout's top, then record")
     found["figures"] = found["figures"] if pictures else []
     target = root() / "book" / "results" / found["experiment"] / found["run"]
     if absent := [name for name in found["figures"] if not (source / name).is_file()]:

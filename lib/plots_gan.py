@@ -40,9 +40,9 @@ def finding(metrics: dict, images: dict[str, Tensor], names: dict[str, str]) -> 
     metrics: of celeba-fid, by name; images: {name: [n, 3, S, S] in [0, 1]}; names: what a pair is called in the figure.
     """
     scores = {"ELBO [1,000 nats per image]": ("elbo", 1e-3, "ceiling", "up is better"),
-              "SWD × 1000 to the truth's images": ("swd", 1.0, "swd_floor", "down is better")}
+              "SWD × 1000 to the truth": ("swd", 1.0, "swd_floor", "down is better")}
     if f"fid_{next(iter(names))}" in metrics:
-        scores["FID to the truth's images"] = ("fid", 1.0, "fid_floor", "down is better")
+        scores["FID to the truth"] = ("fid", 1.0, "fid_floor", "down is better")
     grid = canvas(torch.stack([own.cpu() for own in images.values()]))
     height = WIDTH * grid.shape[0] / grid.shape[1]
     fig = plt.figure(figsize=(WIDTH, 2.7 + height))

@@ -33,6 +33,13 @@ def check(z_dim: int, n_samples: int = 1, batch_size: int = 1, n_interpolate: in
         raise ValueError(f"n_traverse >= 2 and traverse_range > 0 are needed, got {n_traverse} and {traverse_range}")
 
 
+def check_dims(z_dim: int, dims: list) -> None:
+    """Raise ValueError, in one line, if one of the dimensions to traverse is not a number that the code has."""
+    for dim in dims:
+        if type(dim) is not int or not 0 <= dim < z_dim:
+            raise ValueError(f"traverse_dims must be whole numbers between 0 and {z_dim - 1}, got {dim!r}")
+
+
 def _codes(model: Autoencoder, n: int, generator: torch.Generator) -> Tensor:
     check(model.z_dim, n)
     return torch.randn(n, model.z_dim, generator=generator, device=generator.device)
@@ -150,7 +157,8 @@ def appearance(model: Autoencoder, images: Tensor, generator: torch.Generator,
 
     sharpness_test and diversity_test: mean `sharpness` of the test images and mean `distance` from the average one of
     them. The same of N samples and of the N reconstructions (as in `reconstruct`), divided by those: 1 means as sharp
-    and as diverse as the test images, 0 all the same. The test images' means are taken as known in the errors.
+    and as diverse as the test images, 0 that all are the average one. The test images' means are taken as known in the
+    errors.
     """
     centre = (images.sum(0, dtype=torch.int64) / (255 * len(images))).float()
     found: dict[str, list[Tensor]] = {}

@@ -260,11 +260,12 @@ def _measured(row: dict, found: list[dict]) -> dict:
 def _matches(row: dict, record: dict) -> bool:
     if record["experiment"] != row["experiment"]:
         return False
+    known = {"dataset": (record.get("dataset") or {}).get("name")} | record["parameters"]     # or of a run before it
     for name in row["where"]:
-        if name not in record["parameters"]:
-            names = ", ".join(sorted(record["parameters"]))
+        if name not in known:
+            names = ", ".join(sorted(known))
             raise ScoreboardError(f"{_at(row)}: 'where' names {name!r}, not a parameter of {_name(record)}: {names}")
-    return all(_same(record["parameters"][name], text) for name, text in row["where"].items())
+    return all(_same(known[name], text) for name, text in row["where"].items())
 
 
 def _same_setting(row: dict, records: list[dict]) -> None:

@@ -20,9 +20,12 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_sigma: Tensor | float) -> Tensor:
-    """log N(x; mean, sigma^2 I) in nats per item, summed over all dimensions but the first: [B, ...] -> [B]."""
-    log_sigma = torch.as_tensor(log_sigma, dtype=x.dtype, device=x.device)
-    terms = -0.5 * ((x - mean) * torch.exp(-log_sigma)).square() - log_sigma - 0.5 * math.log(2 * math.pi)
+    """log N(x; mean, sigma^2 I) in nats per item, summed over all dimensions but the first: [B, ...] -> [B].
+
+    A log_sigma that is a float stays one: a CUDA graph could not copy it to the device.
+    """
+    scale = torch.exp(-log_sigma) if isinstance(log_sigma, Tensor) else math.exp(-log_sigma)
+    terms = -0.5 * ((x - mean) * scale).square() - log_sigma - 0.5 * math.log(2 * math.pi)
     return terms.flatten(1).sum(1)
 
 

@@ -54,7 +54,7 @@ def patch_swd(a: Tensor, b: Tensor, generator: torch.Generator, descriptors: int
     level `descriptors` patches of 7 x 7 pixels at random places of each image are taken; each set's patches are brought
     to mean 0 and standard deviation 1 in each channel, so that neither a tint nor a contrast that all images share is
     seen. Named swd_64, swd_32, swd_16 (the last is of the low-pass) and swd_mean. Of a set with more than 2**21 patches
-    (16,384 images of 128) fewer are taken of each image. Sets of one size have their patches at the same places.
+    (16,384 images of 128) fewer are taken of each image. Both sets' patches lie at the same places.
     se as in `sliced_wasserstein`, over halves of the images, of whose patches and directions every fourth is used.
 
     Raises ValueError: other images than those, S not 16 times a power of two, descriptors < 1; and as there.
@@ -208,13 +208,14 @@ def _levels(images: Tensor) -> list[int]:
 
 def _patches(images: Tensor, level: int, each: int, seed: int) -> Tensor:
     """Patches of one level of the images: float32 [n, each, 147], the channels of a pixel side by side."""
-    generator, size = torch.Generator().manual_seed(seed), images.shape[-1] >> level
+    size = images.shape[-1] >> level
+    places = torch.randint(size - PATCH + 1, (len(images), each, 2), generator=torch.Generator().manual_seed(seed))
     found = torch.empty(len(images), each * PATCH, PATCH * 3, device=images.device)
     step, lines = max(1, READ // images[0].numel() // 4), size * torch.arange(PATCH)
     for i in range(0, len(images), step):
         x = pyramid(images[i:i + step].float(), level, size > SMALLEST)
         pixels = x.permute(0, 2, 3, 1).reshape(-1, 3)
-        row, column = torch.randint(size - PATCH + 1, (2, len(x), each), generator=generator)
+        row, column = places[i:i + step].unbind(2)
         corner = (torch.arange(len(x))[:, None] * size + row) * size + column
         lengths = pixels.as_strided((len(pixels) - PATCH + 1, PATCH * 3), (3, 1))         # seven pixels of a row
         at = (corner[..., None] + lines).flatten().to(x.device)
