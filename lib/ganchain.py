@@ -151,7 +151,8 @@ def origin(run: runs.Run, stage: Stage) -> dict:
     GAN's images and seed: another ground truth is what a repetition has to differ in.
     """
     before, name = chain(stage), BEFORE[run.experiment].removeprefix("celeba-")
-    own = [what for what in runs.reduced(run.experiment, run.parameters) if not what.startswith(f"{name} ")]
+    left_out = tuple(f"{word} " for word in (name, "log_every", "checkpoint_every"))      # how it is looked at
+    own = [what for what in runs.reduced(run.experiment, run.parameters) if not what.startswith(left_out)]
     earlier = [f"{one['experiment']}: {what}" for one in before for what in one["reduced"] if ": " not in what]
     return {"chain": before, "started_from": name, "reduced": [*earlier, *own], "seed": before[0]["seed"],
             "dataset": SimpleNamespace(**before[0]["dataset"])}
