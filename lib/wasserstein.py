@@ -17,7 +17,7 @@ PATCH = 7                        # descriptors are 7 x 7 pixels of three channel
 SMALLEST = 16                    # the coarsest level of the pyramid
 MOST = 2 ** 21                   # descriptors of a set: 128 of each of 16,384 images, as in the paper
 THIN = 4                         # halves of patches: every fourth patch, every fourth direction
-HELD, READ = 2 ** 25, 2 ** 23    # numbers held sorted, and numbers read, at a time
+HELD, READ = 2 ** 26, 2 ** 23    # numbers held sorted, and numbers read, at a time
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, projections: int = 512, order: int = 1,
@@ -146,8 +146,7 @@ def _transport(a: Tensor, b: Tensor, coupling: tuple | None, order: int) -> Tens
     if coupling:
         i, j, mass = coupling
         return (a[i] - b[j]).abs().double().pow(order) @ mass
-    apart = (a - b).abs_()
-    return (apart if order == 1 else apart.square_()).mean(dtype=torch.float64)
+    return torch.linalg.vector_norm(a - b, order, dtype=torch.float64) ** order / len(a)
 
 
 def _coupling(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
