@@ -40,6 +40,11 @@ class Album:
             (update_display if self.shown else display)(picture, display_id=self.name)
             self.shown = True
 
+    def clear(self) -> None:
+        """Remove the pictures of an earlier training."""
+        for path in self.folder.glob("*.png") if self.folder else ():
+            path.unlink()
+
     def pages(self, n: int, side: int = 64) -> tuple[list[int], Tensor]:
         """At most n looks, evenly over the training: steps, and the first rows [n, columns, 3, side, side] in [0, 1].
 
@@ -51,7 +56,7 @@ class Album:
         chosen = [files[i] for i in sorted({round(i) for i in np.linspace(0, len(files) - 1, n)})]
         try:
             rows = [torch.from_numpy(np.asarray(Image.open(path).convert("RGB"))[:side].copy()) for path in chosen]
-        except OSError as error:
+        except (OSError, SyntaxError) as error:                   # PIL's, for a damaged chunk
             raise BookError(f"a picture in {self.folder} cannot be read ({error}): delete it") from None
         images = torch.stack(rows).permute(0, 3, 1, 2).float() / 255
         return [int(path.stem) for path in chosen], torch.stack(images.split(side, 3), 1)

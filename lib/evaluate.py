@@ -27,7 +27,7 @@ def estimate(samples: Tensor, unit: str) -> dict:
 
 def exact(value: float | Tensor, unit: str) -> dict:
     """A number without sampling error (a count, a closed form, an enumeration) as a metric."""
-    return {"value": float(torch.as_tensor(value).detach()), "se": None, "n": 1, "unit": unit}
+    return {"value": float(value.detach() if isinstance(value, Tensor) else value), "se": None, "n": 1, "unit": unit}
 
 
 def paired(a: Sequence[float], b: Sequence[float], unit: str, confidence: float = 0.95) -> dict:

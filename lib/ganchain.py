@@ -70,7 +70,7 @@ def before(run: runs.Run, folder: str | Path, epoch: int = 0) -> Stage:
                             f"{experiment}")
     weights = path / (f"epochs/{epoch:03}" if epoch else "") / "latest.safetensors"
     if not weights.is_file():
-        kept = [int(one.name) for one in sorted(path.glob("epochs/[0-9]*")) if (one / "latest.safetensors").is_file()]
+        kept = [int(one.parent.name) for one in sorted(path.glob("epochs/[0-9][0-9][0-9]/latest.safetensors"))]
         raise runs.RunError(f"{path} holds no weights" + (f" of epoch {epoch}; there are {kept}" if epoch and kept else
                             f": make them again with `{record['command']}`"))
     try:
@@ -182,17 +182,18 @@ def gan(parameters: dict, faces: Dataset, where: torch.device, folder: Path | No
     step, state = dcgan.gan_step(net, discriminator, generator(parameters["seed"], where), parameters["lr"])
     batches = Shuffled(faces.train.to(where), parameters["batch_size"], parameters["seed"])
     config = _config("celeba-gan", parameters) | {"sizes": [parameters[name] for name in ("nz", "ngf", "ndf")]}
-    look = _gan_look(state, config, folder, parameters["keep_every"], batches.per_epoch)
+    look = _gan_look(state, config, folder, _album(folder, "GAN", parameters), parameters["keep_every"],
+                     batches.per_epoch)
     return {"step": step, "batches": batches, "state": state, "folder": folder, "title": "GAN", "config": config,
             "look": look}
 
 
-def _gan_look(state: dict, config: dict, folder: Path | None, keep_every: int, per_epoch: int):
+def _gan_look(state: dict, config: dict, folder: Path | None, album: Album, keep_every: int, per_epoch: int):
     """Pictures of fixed codes, and every so many epochs the weights, in <folder>/epochs/<epoch>.
 
     spread: root mean square deviation of the pictures from their mean, pixels in [-1, 1]; 0 if the GAN has collapsed.
     """
-    album, noise = Album(folder, "GAN"), generator(config["seed"], state["noise"].device, "look")
+    noise = generator(config["seed"], state["noise"].device, "look")
     z = torch.randn(PICTURES, config["nz"], generator=noise, device=noise.device)
     kept = {name: state[name] for name in ("generator", "discriminator")}
 
@@ -221,7 +222,8 @@ def encoder(parameters: dict, stage: Stage, where: torch.device, folder: Path | 
     noise = generator(parameters["seed"], where)
     step, state = dcgan.encoder_step(truth, net, noise, parameters["lr"], parameters["sigma"])
     return {"step": step, "batches": rows(parameters["batch_size"], where), "folder": folder, "title": "encoder",
-            "state": state | {"discriminator": discriminator}, "look": _encoder_look(state, parameters, folder),
+            "state": state | {"discriminator": discriminator},
+            "look": _encoder_look(state, parameters, _album(folder, "encoder", parameters)),
             "config": _config("celeba-encoder", parameters) | {"sizes": sizes, "truth": digest(truth)}}
 
 
@@ -236,13 +238,13 @@ def joint(parameters: dict, stage: Stage, where: torch.device, folder: Path | No
     shared = {"sizes": stage.config["sizes"], "sigma": sigma, "truth": digest(truth, first)}
     return {"step": step, "batches": rows(parameters["batch_size"], where), "folder": folder, "title": "joint",
             "state": state | {"discriminator": discriminator, "first_encoder": first},
-            "look": _joint_look(state, parameters, sigma, folder),
+            "look": _joint_look(state, parameters, sigma, _album(folder, "joint", parameters)),
             "config": _config("celeba-joint", parameters) | shared}
 
 
-def _encoder_look(state: dict, parameters: dict, folder: Path | None):
+def _encoder_look(state: dict, parameters: dict, album: Album):
     """val_loss: -log q(z|x) of fixed pairs, the networks in evaluation mode; pictures of them and reconstructions."""
-    truth, net, album, sigma = state["truth"], state["encoder"], Album(folder, "encoder"), parameters["sigma"]
+    truth, net, sigma = state["truth"], state["encoder"], parameters["sigma"]
     noise = generator(parameters["seed"], state["noise"].device, "look")
     with precision("fp32", noise.device):
         z, x = dcgan.draw(truth, LOOKED_AT, noise, sigma)
@@ -258,12 +260,12 @@ def _encoder_look(state: dict, parameters: dict, folder: Path | None):
     return look
 
 
-def _joint_look(state: dict, parameters: dict, sigma: float, folder: Path | None):
+def _joint_look(state: dict, parameters: dict, sigma: float, album: Album):
     """val_elbo: of fixed images and draws of z, the networks in evaluation mode; pictures of reconstructions.
 
     drift: root mean square difference of the decoder's and the truth's images at the same z ~ N(0, I), in [-1, 1].
     """
-    encoder, decoder, truth, album = state["encoder"], state["decoder"], state["truth"], Album(folder, "joint")
+    encoder, decoder, truth = state["encoder"], state["decoder"], state["truth"]
     device, seed = state["noise"].device, parameters["seed"]
     noise = generator(seed, device, "look")
     with precision("fp32", device):
@@ -284,6 +286,14 @@ def _joint_look(state: dict, parameters: dict, sigma: float, folder: Path | None
 def rows(n: int, device: torch.device) -> Whole:
     """Batches of stages that draw their own images: as many rows as to draw."""
     return Whole(torch.empty(n, 0, device=device))
+
+
+def _album(folder: Path | None, name: str, parameters: dict) -> Album:
+    """The run's album, empty if the training starts afresh."""
+    album = Album(folder, name)
+    if checkpoint.find(parameters.get("resume", ""), folder) is None:
+        album.clear()
+    return album
 
 
 def _config(experiment: str, parameters: dict) -> dict:

@@ -105,7 +105,7 @@ def _execute(experiment: str, values: dict, folder: Path, timeout: float, enviro
 def _complaint(experiment: str, error, folder: Path) -> str:
     """One line from a papermill error: the message alone if it is one of this book's, else also where it came from."""
     line = (str(error.evalue).splitlines() or [""])[0]
-    if error.ename in ("RunError", "DataError", "TrainError", "SearchError"):
+    if error.ename in ("BookError", "RunError", "DataError", "TrainError", "SearchError"):
         return f"{experiment}: {line}"
     where = _shown(folder / "notebook.ipynb")
     return f"{experiment} stopped in cell [{error.exec_count}] with {error.ename}: {line} (see {where})"
