@@ -260,7 +260,8 @@ def _measured(row: dict, found: list[dict]) -> dict:
 def _matches(row: dict, record: dict) -> bool:
     if record["experiment"] != row["experiment"]:
         return False
-    known = {"dataset": (record.get("dataset") or {}).get("name")} | record["parameters"]     # or of a run before it
+    own = record.get("dataset")                                            # of a chain: of its first run
+    known = ({"dataset": own["name"]} if own else {}) | record["parameters"]
     for name in row["where"]:
         if name not in known:
             names = ", ".join(sorted(known))

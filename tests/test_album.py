@@ -155,3 +155,17 @@ def test_rows_are_named_and_column_by_column_the_same_image():
     fig = plots_gan.rows(found, "reconstructions")
     assert_labelled(fig, list(found), torch.stack(list(found.values())))
     assert fig.axes[0].get_title("left") == "reconstructions"
+
+
+def test_a_damaged_picture_is_named_and_a_new_training_begins_an_empty_album(tmp_path):
+    own = Album(tmp_path, "GAN")
+    own.add(10, images(2, 3))
+    path = tmp_path / "progress" / "00000010.png"
+    content = bytearray(path.read_bytes())
+    content[12:16] = b"IHDX"                                             # not a chunk that there is
+    path.write_bytes(content)
+    with pytest.raises(BookError, match="00000010.png|cannot be read"):
+        own.pages(3)
+    own.clear()
+    with pytest.raises(BookError, match="holds no pictures"):
+        own.pages(3)

@@ -232,3 +232,16 @@ def test_appearance_has_a_row_for_each_record_and_skips_those_without():
 def test_training_draws_what_there_is_on_a_logarithmic_axis():
     fig = plots_faces.training({"step": [1, 2], "rec": [0.3, 0.1]}, autoencoders.CURVES, "a title")
     assert [ax.get_yscale() for ax in fig.axes] == ["log"] and fig.axes[0].lines[0].get_ydata().tolist() == [0.3, 0.1]
+
+
+@pytest.mark.parametrize("dims", [[10], [-1], [1.5], ["2"], [True]])
+def test_dimensions_that_the_code_has_not_are_refused_before_training(dims):
+    with pytest.raises(ValueError, match=r"traverse_dims must be whole numbers between 0 and 9, got"):
+        sampling.check_dims(10, [0, *dims])
+    sampling.check_dims(10, [0, 9])
+
+
+@pytest.mark.parametrize("sizes", [(-1, 8), (10, 1)])
+def test_sizes_that_cannot_be_trained_with_are_refused(sizes):
+    with pytest.raises(ValueError, match="steps >= 0 and batch_size >= 2 are needed"):
+        autoencoders.check_sizes(*sizes)

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from small_faces import FACES, REAL, N, complaint, expected, flipped, frame, jpe
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from lib import celeba, data
+from lib import celeba, data, runs
 
 place = small_faces.place
 cache = small_faces.cache
@@ -376,3 +377,13 @@ def test_real_files_where_they_are(monkeypatch):
     mean = images.mean(0)
     assert torch.corrcoef(torch.stack([mean.flatten(), mean.flip(2).flatten()]))[0, 1] > 0.95
     assert mean[0].mean() > 1.1 * mean[2].mean() and images.std() > 50
+
+
+def test_a_part_of_the_set_is_reduced(place):
+    packed(place / "a.zip")
+    paper = runs.check("celeba-gan", runs.presets("celeba-gan")["paper"])
+    run = SimpleNamespace(experiment="celeba-gan", parameters=paper)
+    found = celeba.origin(run, celeba.load(64, "resize-centre"))
+    assert found["reduced"] == ["21 training images instead of 162,770"]
+    assert found["source"].startswith("23 images in a.zip")
+    assert celeba.origin(run, data.load("shapes"))["reduced"] == []

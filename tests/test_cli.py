@@ -395,6 +395,17 @@ def test_a_book_that_cannot_be_written_is_named(checkout, complete, fails):
     assert fails("record", complete) == "cannot write to book/results/toy/paper-seed=2: Not a directory"
 
 
+def test_what_a_run_starts_from_is_committed_code_and_no_folder_of_this_machine_or_it_is_not_recorded(complete, fails):
+    clean = {"commit": "a" * 40, "dirty": False}
+    before = {"experiment": "first", "parameters": {"lr": 0.1}, "git": clean, "made_by": []}
+    changed(complete, chain=[before | {"git": clean | {"dirty": True}}])
+    assert "made by uncommitted code (first)" in fails("record", complete)
+    changed(complete, chain=[before | {"made_by": [clean | {"dirty": True}]}])
+    assert "made by uncommitted code (first)" in fails("record", complete)
+    changed(complete, chain=[before | {"parameters": {"gan": "/somewhere/gan"}}])
+    assert "names a folder of this machine (gan of first)" in fails("record", complete)
+
+
 def test_a_run_that_uncommitted_code_began_is_not_recorded(checkout, complete, fails):
     clean = {"commit": "a" * 40, "dirty": False, "steps": [5, 9], "seconds": 1.0}
     changed(complete, made_by=[clean | {"dirty": True, "steps": [0, 5]}, clean])

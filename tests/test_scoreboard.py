@@ -125,7 +125,7 @@ def test_recorded_runs_fit_the_file():
     for experiment in set(frame["experiment"]) & set(runs.notebooks()):
         declared = runs.parameters(experiment)
         for where in frame.loc[frame["experiment"] == experiment, "where"]:
-            assert set(where) <= set(declared)
+            assert set(where) <= {*declared, "dataset"}                  # of a chain, its first run has it
 
 
 # ---------------------------------------------------------------------------------- verdicts
@@ -327,6 +327,23 @@ def test_a_record_that_does_not_fit_is_named():
         good,
         other,
     )
+
+
+def test_chains_are_one_setting_whatever_folder_they_start_from_and_have_their_first_runs_data():
+    published = changed(where={"dataset": "celeba"})
+    chains = [record(seed, elbo_before=1.0 + seed, elbo_after=5.0) for seed in (1, 2)]
+    for seed, one in enumerate(chains, 1):
+        one |= {"started_from": "joint", "parameters": {"joint": f"runs/joint/paper-seed={seed}"},
+                "dataset": {"name": "celeba", "sha256": "0"}}
+    found = rows(*chains, published=published)["elbo.before"]
+    assert (found["obtained"], found["n"]) == (2.5, 2)
+    for one in chains:
+        one["dataset"]["name"] = "shapes"
+    assert rows(*chains, published=published)["elbo.before"]["verdict"] == "not run"
+    chains[0] |= {"started_from": None, "dataset": {"name": "celeba", "sha256": "0"}}
+    chains[1] |= {"started_from": None, "dataset": {"name": "celeba", "sha256": "0"}}
+    with pytest.raises(scoreboard.ScoreboardError, match="differ in joint"):
+        rows(*chains, published=published)
 
 
 # ---------------------------------------------------------------------------------- tables
