@@ -31,7 +31,7 @@ CURVES = {"celeba-gan": {"loss [nats per image]": {"loss_d": "discriminator", "l
                              "of a dimension of z": {"error": "squared error of the mean", "sigma": "sigma"}},
           "celeba-joint": {"ELBO [nats per image]": {"elbo_running": "running mean", "val_elbo": "fixed images"},
                            "KL [nats per image]": {"kl": "KL"}},
-          "drift": {"r.m.s. of pixels in [-1, 1]": {"drift": "decoder less truth"},
+          "drift": {"decoder less truth, r.m.s.": {"drift": "pixels in [-1, 1]"},
                     "aggregate posterior": {"moment_1": "r.m.s. of E z", "moment_2": "mean of E z²"}}}
 
 

@@ -53,17 +53,23 @@ def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "", x:
     return fig
 
 
-def compare(found: list[dict], metric: str, ylabel: str, by: list[str]) -> Figure:
-    """One curve per run record that has the metric in its history, named at the right by those of `by` that differ."""
+def compare(found: list[dict], metric: str, ylabel: str, by: list[str], log: bool = False) -> Figure:
+    """One curve per run record that has the metric in its history, named at the right by those of `by` that differ.
+
+    Of a run folder its last part is the name. log: steps on a logarithmic axis, for runs of very different length.
+    """
     fig, ax = plt.subplots(figsize=(WIDTH, 3.0))
     shown = [record for record in found if metric in record.get("history", {})]
     by = [name for name in by if len({str(record["parameters"][name]) for record in shown}) > 1] or by[:1]
     for i, record in enumerate(sorted(shown, key=lambda record: -record["history"][metric][-1])):
-        label = ", ".join(str(record["parameters"][name]) for name in by)
+        label = ", ".join(str(record["parameters"][name]).rpartition("/")[2] for name in by)
         ax.plot(record["history"]["step"], record["history"][metric], color=PALETTE[i % len(PALETTE)],
                 linestyle=("-", "--")[i // len(PALETTE) % 2], linewidth=1.2, label=label)
     late = [value for record in shown for value in record["history"][metric][len(record["history"]["step"]) // 20:]]
     ax.set(xlabel="step", ylabel=ylabel)
+    if log and shown:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
     if late:                                              # the first steps would hide the rest
         margin = 0.05 * (max(late) - min(late))
         ax.set_ylim(min(late) - margin, max(late) + margin)
