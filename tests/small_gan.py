@@ -180,7 +180,7 @@ def doomed(kind, seed, folder):
     """What killed_training trains into <top>/<kind>/0: a run's job; the encoder of a joint training is in <top>/.."""
     if kind not in ("gan", "joint"):
         return usual(kind, seed, folder)
-    own = run(f"celeba-{kind}", folder)
+    own = run(f"celeba-{kind}", folder, resume="auto")
     return job(own, ganchain.before(own, folder.parents[2] / "encoder") if kind == "joint" else None)
 
 

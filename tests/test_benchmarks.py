@@ -299,7 +299,7 @@ def test_the_work_of_a_loaders_worker_is_this_processes_own():
     with subprocess.Popen([sys.executable, "-c", work]) as worker:
         while (spent := sum(psutil.Process(worker.pid).cpu_times()[:2])) < 0.5:
             time.sleep(0.05)
-        assert roofs.Company._now()[2] - before >= spent
+        assert roofs.Company._now()[2] - before > spent - 0.02                # both are counted in hundredths
         worker.kill()
 
 

@@ -32,7 +32,7 @@ def test_every_parameter_that_the_weights_depend_on_is_in_the_checkpoints_config
 
 
 def test_the_step_is_beta_vaes_with_the_given_sigma():
-    scenes = entanglement.scenes(24, 2)
+    scenes = entanglement.scenes(24, 16)
     job = entanglement.replica(SMALL, scenes.train, torch.device("cpu"))
     model, noise = job["state"]["model"], train.generator(1)
     assert model.kind == "beta-vae" and model.z_dim == 3 and job["config"]["beta"] == 4.0
@@ -50,7 +50,7 @@ def test_the_step_is_beta_vaes_with_the_given_sigma():
 
 
 def test_seeds_trained_together_are_those_trained_alone_and_go_on_exactly(tmp_path):
-    scenes = entanglement.scenes(24, 2)
+    scenes = entanglement.scenes(24, 16)
 
     def trained(seeds, name, steps, resume=""):
         cpu = torch.device("cpu")
