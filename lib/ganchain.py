@@ -158,6 +158,17 @@ def origin(run: runs.Run, stage: Stage) -> dict:
             "dataset": SimpleNamespace(**before[0]["dataset"])}
 
 
+def table(recorded: list[dict], metrics: list[str], setting: list[str]):
+    """A pandas DataFrame with a column for each recorded run; what is reduced in its chain is printed above it."""
+    found = runs.table(recorded, metrics, setting)
+    for number, size in enumerate(found["size"], 1):
+        print(f"run {number}:", *(size.split("; ") if size else ["full size"]), sep="\n  ")
+    found["size"] = [f"run {number}, {'reduced' if 'instead of' in size else 'full'}"
+                     for number, size in enumerate(found["size"], 1)]
+    found[setting[0]] = found[setting[0]].str.rpartition("/")[2]
+    return found.T
+
+
 # ------------------------------------------------------------------------------------------------ the three trainings
 def check(parameters: dict) -> None:
     """Raise ValueError, before anything is trained, for values that would fail or mean nothing later."""
