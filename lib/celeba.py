@@ -36,7 +36,6 @@ from tqdm.auto import tqdm
 from lib import data, imagecache, root, write_atomic
 from lib.data import DataError, Dataset
 from lib.imagecache import StaleError
-from lib.runs import reduced
 from lib.train import interactive
 
 CROPS = ("resize-centre", "face-128", "resize", "centre-140")
@@ -90,16 +89,9 @@ def load(size: int = 64, crop: str = "resize") -> Dataset:
         _folder() / f"{crop}-{size}-{key}.npy", (len(names), 3, size, size), setting, max(1, CHUNK // (3 * size ** 2)),
         lambda done: _decoding(source, seen, names, size, crop, done)))
     none = torch.empty(0, dtype=torch.int64)
+    lacks = [f"{len(train):,} training images instead of {len(TRAIN):,}"] if len(train) != len(TRAIN) else []
     return Dataset("celeba", images[:len(train)], images[len(train):], none, none, (), setting["sha256"],
-                   source=f"{len(source.names):,} images in {source.path.name}, {crop}")
-
-
-def origin(run, images: Dataset) -> dict:
-    """For a run's results.json: what its images are, and what is reduced, a part of CelebA included."""
-    n, whole, found = len(images.train), len(TRAIN), reduced(run.experiment, run.parameters)
-    if images.name == "celeba" and n != whole:
-        found.append(f"{n:,} training images instead of {whole:,}")
-    return {"reduced": found, "source": images.source or images.name}
+                   source=f"{len(source.names):,} images in {source.path.name}, {crop}", lacks=tuple(lacks))
 
 
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:

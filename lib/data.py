@@ -43,7 +43,8 @@ class DataError(BookError):
 class Dataset:
     """Images uint8 [N, C, H, W] in 0..255, labels int64 [N]; `sha256` is of the source, before any resizing.
 
-    `factors` (generated data only): {"train" | "test": {factor: float tensor [N]}}; `source` (celeba): what was read.
+    `factors` (generated data only): {"train" | "test": {factor: float tensor [N]}}; `source` (celeba): what was read;
+    `lacks`: what of the whole set it has not, in words, for a record's `reduced`.
     """
     name: str
     train: Tensor
@@ -54,6 +55,7 @@ class Dataset:
     sha256: str
     factors: dict = field(default_factory=dict, repr=False)
     source: str = ""
+    lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lib import dcgan, inception
 from lib.autoencoders import pixels
 from lib.data import Dataset
 from lib.evaluate import Moments, estimate, exact, frechet, moments
-from lib.stochastic import diagonal_log_prob, gaussian_kl, gaussian_log_prob, reparameterise
+from lib.stochastic import diagonal_log_prob, reparameterise
 from lib.train import precision
 from lib.wasserstein import patch_swd, sliced_wasserstein
 
@@ -100,12 +100,17 @@ def image_sets(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: t
             z, x = dcgan.draw(truth, k, noise, sigma)
             found = {"originals": dcgan.to_uint8(truth(z))}
             for name, (encoder, decoder) in pairs.items():
-                mean, log_sigma = encoder(x)
-                decoded = decoder(reparameterise(mean, 2 * log_sigma, noise))
+                decoded = _reconstructed(encoder, decoder, x, noise)
                 found |= {name: dcgan.to_uint8(decoded), f"{name}_noise": dcgan.to_uint8(decoded, noise, sigma)}
             for name, images in found.items():
                 parts.setdefault(name, []).append(images)
     return {name: torch.cat(images) for name, images in parts.items()}
+
+
+def _reconstructed(encoder: dcgan.Encoder, decoder: dcgan.Generator, x: Tensor, noise: torch.Generator) -> Tensor:
+    """The decoder's image means at one z ~ q(z|x) of each image x."""
+    mean, log_sigma = encoder(x)
+    return decoder(reparameterise(mean, 2 * log_sigma, noise))
 
 
 def compare(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: torch.Generator,
@@ -124,20 +129,19 @@ def compare(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noise: torc
         sets["samples"] = generated(pairs["joint"][1], n, noise)
     single = image_sets(truth, pairs, n, noise, "batch-1", sigma)
     state, judging = noise.get_state(), judge(noise.device)
-    as_code = {name: f"{name}_noise" if name == "joint" else name for name in pairs}
-    chosen = {f"{name}_batch1": single[name] for name in pairs}
-    chosen |= {f"{name}_as_published": single[own] for name, own in as_code.items() if own != name}
+    by_one = {f"{name}_batch1": single[name] for name in pairs}
+    if "joint" in pairs:
+        by_one["joint_as_published"] = single["joint_noise"]
     metrics = {}
-    for norm, compared in (("running", sets), ("batch-1", chosen)):
+    for norm, compared in (("running", sets), ("batch-1", by_one)):
         noise.set_state(state)
         reference = generated(truth, n, noise, norm)
         known, after = moments_of(reference, judging), noise.get_state()
         for name, own in compared.items():
             noise.set_state(after)
             metrics |= {f"{k}_{name}": value for k, value in distances(own, reference, noise, judging, known).items()}
-    same = [name for name, own in as_code.items() if own == name]             # nothing but the norm is CODE's there
     return metrics | {name.replace("_batch1", "_as_published"): metric for name, metric in metrics.items()
-                      if any(name.endswith(f"_{pair}_batch1") for pair in same)}
+                      if name.endswith("_encoder_only_batch1")}               # CODE adds no noise there
 
 
 @torch.no_grad()
@@ -171,9 +175,7 @@ def terms(truth: dcgan.Generator, encoder: dcgan.Encoder, decoder: dcgan.Generat
     with dcgan.normalised("running", truth, encoder, decoder), precision("fp32", noise.device):
         for k in [min(BATCH, n - i) for i in range(0, n, BATCH)]:
             z, x = dcgan.draw(truth, k, noise, sigma)
-            mean, log_sigma = encoder(x)
-            decoded = decoder(reparameterise(mean, 2 * log_sigma, noise))
-            rec, kl = gaussian_log_prob(x, decoded, math.log(sigma)), gaussian_kl(mean, 2 * log_sigma)
+            decoded, rec, kl, mean, log_sigma = dcgan.elbo_terms(encoder, decoder, x, noise, sigma)
             found = {"elbo": rec - kl, "rec": rec, "kl": kl, "log_q": diagonal_log_prob(z, mean, 2 * log_sigma),
                      "mse": (decoded - truth(z)).square().flatten(1).mean(1),
                      "code_error": (z - mean).square().mean(1)}
@@ -226,8 +228,7 @@ def reconstructions(truth: dcgan.Generator, pairs: dict[str, tuple], n: int, noi
         found = {"G(z)": truth(z), "x": x}
     for name, (encoder, decoder) in pairs.items():
         with dcgan.normalised("running", encoder, decoder), precision("fp32", noise.device):
-            mean, log_sigma = encoder(x)
-            found[name] = decoder(reparameterise(mean, 2 * log_sigma, noise))
+            found[name] = _reconstructed(encoder, decoder, x, noise)
     return {name: images.add(1).div(2).clamp(0, 1) for name, images in found.items()}
 
 

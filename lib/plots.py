@@ -7,6 +7,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,10 +29,12 @@ def use_style() -> None:
 use_style()
 
 
-def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "", x: str = "step") -> Figure:
+def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "", x: str = "step",
+           log: bool = False) -> Figure:
     """Training curves. panels: axis label -> {metric: its name in the legend}; absent metrics are left out.
 
-    x: what the history counts, `step` or, on a logarithmic axis and without the first of many, `epoch`.
+    x: what the history counts, `step` or, on a logarithmic axis and without the first of many, `epoch`. log: values on
+    logarithmic axes.
     """
     if x == "epoch":
         history = {name: values[len(values) // 100:] for name, values in history.items()}
@@ -46,11 +49,21 @@ def curves(history: dict, panels: dict[str, dict[str, str]], title: str = "", x:
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter("")
+        if log:
+            logarithmic(ax)
         if len(lines) > 1:
             ax.legend()
     if title:
         fig.suptitle(title, fontsize=10, x=0.01, ha="left")
     return fig
+
+
+def logarithmic(ax) -> None:
+    """Make the y-axis logarithmic, its ticks plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
 
 
 def compare(found: list[dict], metric: str, ylabel: str, by: list[str], log: bool = False) -> Figure:

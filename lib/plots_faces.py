@@ -5,39 +5,13 @@ import statistics
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from lib.evaluate import paired
-from lib.plots import MARKERS, PALETTE, WIDTH
+from lib.plots import MARKERS, PALETTE, WIDTH, logarithmic
 from lib.runs import HOUSEKEEPING
 
 LOOKS = {"samples": ("o", PALETTE[1]), "reconstructions": ("s", PALETTE[0])}
-
-
-def training(history: dict, panels: dict[str, dict[str, str]], title: str = "") -> Figure:
-    """Training curves on logarithmic axes, as `plots.curves`: panels {axis label: {metric: its name in the legend}}."""
-    shown = {label: {m: n for m, n in lines.items() if m in history} for label, lines in panels.items()}
-    shown = {label: lines for label, lines in shown.items() if lines} or {"nothing was trained": {}}
-    fig, axes = plt.subplots(1, len(shown), figsize=(WIDTH, 2.7), squeeze=False)
-    for ax, (label, lines) in zip(axes[0], shown.items(), strict=True):
-        for i, (metric, name) in enumerate(lines.items()):
-            ax.plot(history["step"], history[metric], ("-", "--")[i % 2], label=name)
-        ax.set(xlabel="step", ylabel=label)
-        _logarithmic(ax)
-        if len(lines) > 1:
-            ax.legend()
-    if title:
-        fig.suptitle(title, fontsize=10, x=0.01, ha="left")
-    return fig
-
-
-def _logarithmic(ax) -> None:
-    """A logarithmic y-axis, its ticks plain numbers."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.minorticks_off()
 
 
 # ------------------------------------------------------------------------------------------------ recorded runs
@@ -68,7 +42,7 @@ def learning_rates(records: list[dict], metric: str = "rec", ylabel: str = "squa
                 ax.plot(record["history"]["step"], record["history"][metric], lw=1.2, **looks[name])
         ax.set(xlabel="step", title=f"learning rate {rate:g}")
     axes[0, 0].set(ylabel=ylabel)
-    _logarithmic(axes[0, 0])
+    logarithmic(axes[0, 0])
     handles = [plt.Line2D([], [], label=name, **look) for name, look in looks.items()]
     if handles:
         fig.legend(handles=handles, loc="outside lower center", ncols=3 if max(map(len, names)) < 30 else 1)

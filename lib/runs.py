@@ -217,9 +217,10 @@ class Run:
                 raise RunError(f"metric {name} is {metric}: it needs a finite value, se, n and unit")
         record = {
             "schema": SCHEMA, "experiment": self.experiment, "run": self.name, "preset": self.preset,
-            "parameters": self.parameters, "reduced": reduced(self.experiment, self.parameters), "metrics": metrics,
+            "parameters": self.parameters,
+            "reduced": [*reduced(self.experiment, self.parameters), *getattr(dataset, "lacks", ())], "metrics": metrics,
             "seed": self.parameters.get("seed"),
-            "dataset": {"name": dataset.name, "sha256": dataset.sha256} if dataset else None,
+            "dataset": _dataset(dataset) if dataset else None,
             "command": command_of(self.experiment, self.preset, self.parameters), "git": self.git,
             "made_by": _made_by(self.folder),
             "versions": versions(), "device": device_info(self.parameters.get("device", "auto")),
@@ -237,6 +238,11 @@ class Run:
             raise RunError(f"cannot write {self.folder / file}: {error.strerror}") from None
         _glue({} if self.added else {name: metric["value"] for name, metric in metrics.items()})
         return record
+
+
+def _dataset(dataset) -> dict:
+    source = getattr(dataset, "source", "")                      # what was read, of data that come in several forms
+    return {"name": dataset.name, "sha256": dataset.sha256} | ({"source": source} if source else {})
 
 
 def _made_by(folder: Path) -> list[dict]:

@@ -85,3 +85,25 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         install(monkeypatch)
     return request.param
+
+
+@pytest.fixture
+def replays(device, monkeypatch):
+    """A list that has an item for each replay of a graph since the test began."""
+    found, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (found.append(1), replay(graph)))
+    return found
+
+
+def assert_same_state(own, eager):
+    """Two training states, to the bit."""
+    assert own.keys() == eager.keys()
+    for name, item in own.items():
+        if isinstance(item, torch.Generator):
+            assert torch.equal(item.get_state(), eager[name].get_state()), name
+        elif isinstance(item, torch.optim.Optimizer):
+            for moments, others in zip(item.state.values(), eager[name].state.values(), strict=True):
+                assert moments and all(torch.equal(moments[key], others[key]) for key in others), name
+        else:
+            values, others = item.state_dict(), eager[name].state_dict()
+            assert values and all(torch.equal(values[key], others[key]) for key in others), name

@@ -142,14 +142,6 @@ def assert_labelled(fig, labels, expected):
             np.testing.assert_allclose(own, image.permute(1, 2, 0).numpy(), atol=1e-6)
 
 
-def test_progress_is_a_row_for_each_number_of_steps():
-    pages = (images(3, 4) + 1) / 2
-    fig = plots_gan.progress([50, 1200, 1_000_000], pages, "while it learns")
-    assert_labelled(fig, ["50", "1,200", "1,000,000"], pages)
-    assert fig.axes[0].get_title("left") == "while it learns" and fig.axes[0].get_ylabel() == "steps"
-    assert plt.get_fignums() == [fig.number]
-
-
 def test_rows_are_named_and_column_by_column_the_same_image():
     found = {name: (images(3, seed=seed) + 1) / 2 for seed, name in enumerate(("x", "encoder only", "joint"))}
     fig = plots_gan.rows(found, "reconstructions")

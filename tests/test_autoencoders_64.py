@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import autoencoders, celeba, plots_faces, runs, sampling, train
+from lib import autoencoders, celeba, plots, plots_faces, runs, sampling, train
 from lib.data import Dataset
 from lib.evaluate import mmd
 
@@ -230,7 +230,7 @@ def test_appearance_has_a_row_for_each_record_and_skips_those_without():
 
 
 def test_training_draws_what_there_is_on_a_logarithmic_axis():
-    fig = plots_faces.training({"step": [1, 2], "rec": [0.3, 0.1]}, autoencoders.CURVES, "a title")
+    fig = plots.curves({"step": [1, 2], "rec": [0.3, 0.1]}, autoencoders.CURVES, "a title", log=True)
     assert [ax.get_yscale() for ax in fig.axes] == ["log"] and fig.axes[0].lines[0].get_ydata().tolist() == [0.3, 0.1]
 
 

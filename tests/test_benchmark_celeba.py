@@ -19,12 +19,7 @@ METRICS = {"gan": {"loss_d", "loss_g", "d_real", "d_fake", "d_fake_after"}, "enc
            "joint": {"loss", "rec", "kl", "elbo_running", "moment_1", "moment_2"}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def contestants(case, **changes):

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -379,11 +378,11 @@ def test_real_files_where_they_are(monkeypatch):
     assert mean[0].mean() > 1.1 * mean[2].mean() and images.std() > 50
 
 
-def test_a_part_of_the_set_is_reduced(place):
+def test_a_part_of_the_set_is_reduced(place, tmp_path):
     packed(place / "a.zip")
     paper = runs.check("celeba-gan", runs.presets("celeba-gan")["paper"])
-    run = SimpleNamespace(experiment="celeba-gan", parameters=paper)
-    found = celeba.origin(run, celeba.load(64, "resize-centre"))
-    assert found["reduced"] == ["21 training images instead of 162,770"]
-    assert found["source"].startswith("23 images in a.zip")
-    assert celeba.origin(run, data.load("shapes"))["reduced"] == []
+    run = runs.Run("celeba-gan", "paper", "paper", paper, tmp_path, {"commit": "a" * 40, "dirty": False}, added=True)
+    record = run.save({}, celeba.load(64, "resize-centre"))
+    assert record["reduced"] == ["21 training images instead of 162,770"]
+    assert record["dataset"]["source"].startswith("23 images in a.zip")
+    assert run.save({}, data.load("shapes"))["reduced"] == []

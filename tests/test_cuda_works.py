@@ -12,6 +12,7 @@ from lib import vamplikelihood as paper
 from lib import vampport as port
 
 GPU, deterministic, device = recorded_graph.GPU, recorded_graph.deterministic, recorded_graph.device
+replays, assert_same_state = recorded_graph.replays, recorded_graph.assert_same_state
 
 
 # ------------------------------------------------------------------------------------------------ symmetric learning
@@ -80,16 +81,10 @@ def test_replays_of_semantic_hashing_are_its_eager_steps(device, changed, numeri
                  for each, graph in ((one, True), (other, False))]
     assert histories[0] == histories[1] and histories[0]["step"] == [6, 12, 18, 24, 26]
     own, eager = (each["state"] for each in (one, other))
-    assert all(map(torch.equal, own["model"].parameters(), eager["model"].parameters()))
-    for name in ("generator", "test_generator"):
-        assert torch.equal(own[name].get_state(), eager[name].get_state())
-    for moments, others in zip(*(each["optimizer"].state.values() for each in (own, eager)), strict=True):
-        assert all(torch.equal(moments[key], others[key]) for key in others)
+    assert_same_state(own, eager)
 
 
-def test_most_steps_of_semantic_hashing_are_replayed_and_learn(device, monkeypatch):
-    replays, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+def test_most_steps_of_semantic_hashing_are_replayed_and_learn(device, replays):
     history = train.fit(**hashing(device), **HASHING)
     assert len(replays) == 3                                      # steps 6 to 23; the others warm up or are left over
     assert history["test_nelbo"][-1] < history["test_nelbo"][0] - 5
@@ -166,16 +161,10 @@ def test_replays_of_a_vampprior_are_its_eager_steps(device, changed, numerics):
     assert histories[0] == histories[1] and histories[0]["step"] == [10, 20, 30, 31]
     own, eager = (each["state"] for each in (one, other))
     assert own["model"].done == 31
-    assert all(map(torch.equal, own["model"].parameters(), eager["model"].parameters()))
-    for name in ("generator", "validation"):
-        assert torch.equal(own[name].get_state(), eager[name].get_state())
-    for moments, others in zip(*(each["optimizer"].state.values() for each in (own, eager)), strict=True):
-        assert all(torch.equal(moments[key], others[key]) for key in others)
+    assert_same_state(own, eager)
 
 
-def test_the_warm_up_goes_on_in_replays_and_most_steps_are_replayed(device, monkeypatch):
-    replays, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+def test_the_warm_up_goes_on_in_replays_and_most_steps_are_replayed(device, replays):
     history = train.fit(**vamp(device, {}), steps=44, log_every=11, checkpoint_every=11, steps_per_replay=11)
     assert len(replays) == 3                                              # 11 steps warm up and come into step
     loss, rec, kl = (torch.tensor(history[name]) for name in ("loss", "rec", "kl"))
@@ -198,26 +187,10 @@ def test_cpu_and_cuda_agree_on_a_vampprior(changed):
 
 
 # ------------------------------------------------------------------------------------------------ GAN as ground truth
-def assert_same_state(own, eager):
-    """Two training states, to the bit."""
-    assert own.keys() == eager.keys()
-    for name, item in own.items():
-        if isinstance(item, torch.Generator):
-            assert torch.equal(item.get_state(), eager[name].get_state()), name
-        elif isinstance(item, torch.optim.Optimizer):
-            for moments, others in zip(item.state.values(), eager[name].state.values(), strict=True):
-                assert moments and all(torch.equal(moments[key], others[key]) for key in others), name
-        else:
-            values, others = item.state_dict(), eager[name].state_dict()
-            assert values and all(torch.equal(values[key], others[key]) for key in others), name
-
-
 @pytest.mark.parametrize("numerics", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["gan", "encoder", "joint"])
-def test_replays_of_the_gans_steps_are_the_eager_ones(kind, numerics, device, monkeypatch):
+def test_replays_of_the_gans_steps_are_the_eager_ones(kind, numerics, device, replays):
     """Running statistics, the clock and what the joint step tracks included."""
-    replays, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
     one, other = (small_gan.steps(kind, device) for _ in range(2))
     histories = [train.fit(**each, steps=14, log_every=4, checkpoint_every=4, numerics=numerics, graph=graph)
                  for each, graph in ((one, True), (other, False))]

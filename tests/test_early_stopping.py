@@ -17,6 +17,7 @@ SCRIPT = (5, 4, 3, 3.5, 2, 2.5, 2, 3, 1, 0)              # lowest at the 5th poi
 EVERY, BEST, END = 4, 20, 32                              # steps of a point, of the best one, of the end
 OPTIONS = {"steps": 40, "log_every": EVERY, "checkpoint_every": EVERY}
 device = recorded_graph.device
+replays = recorded_graph.replays
 
 
 @pytest.fixture(autouse=True)
@@ -317,9 +318,7 @@ def test_replicas_of_which_one_has_stopped_go_on_after_a_kill(tmp_path):
         assert_same(tmp_path / "pair" / str(seed), tmp_path / str(seed))
 
 
-def test_replayed_steps_stop_where_eager_ones_do(device, tmp_path, monkeypatch):
-    replays, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
+def test_replayed_steps_stop_where_eager_ones_do(device, tmp_path, replays):
     graph, one, _ = fit(tmp_path / "graph", device=device, fit_options={"steps_per_replay": 4})
     assert len(replays) == (END - 4) / 4 and one["state"]["model"].steps == END
     eager, _, _ = fit(tmp_path / "eager", device=device, fit_options={"graph": False})

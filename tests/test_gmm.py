@@ -13,12 +13,7 @@ from lib import gmm, plots, train
 MOVED = ((1.1, 0.9), (1.1, -0.9), (-0.6, 0.5), (-0.6, -0.55))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=[(1.0, gmm.CENTRES), (0.3, MOVED), (0.01, gmm.CENTRES), (0.0001, gmm.CENTRES)],
