@@ -1,0 +1,62 @@
+"""Means with 95 % intervals (Student's t): of several seeds, of one run's items, of paired differences."""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """`mean` ± `half` (None if nothing tells it), the half-width of its 95 % interval, from `n` values.
+
+    deviation: the standard deviation of the values, None for a single one.
+    """
+    mean: float
+    half: float | None
+    n: int
+    deviation: float | None = None
+
+    @property
+    def low(self) -> float:
+        """The interval's lower end; minus infinity where there is none."""
+        return -math.inf if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """The interval's upper end; infinity where there is none."""
+        return math.inf if self.half is None else self.mean + self.half
+
+    @property
+    def effect(self) -> float | None:
+        """The mean in standard deviations: Cohen's d_z of paired differences. None if they do not vary."""
+        return self.mean / self.deviation if self.deviation else None
+
+
+def quantile(n: int) -> float:
+    """From a standard error to a half-width, for n values: t of n - 1 degrees of freedom. ValueError: n < 2."""
+    if n < 2:
+        raise ValueError(f"an interval needs two values, got {n}")
+    from scipy.special import stdtrit  # lighter to import than scipy.stats
+    return float(stdtrit(n - 1, 0.5 + LEVEL / 2))
+
+
+def of_values(values: Sequence[float]) -> Interval:
+    """The interval of the mean of independent values; of a single value the half-width is None."""
+    n = len(values)
+    if n < 2:
+        return Interval(values[0], None, n)
+    deviation = stdev(values)
+    return Interval(mean(values), quantile(n) * deviation / math.sqrt(n), n, deviation)
+
+
+def of_error(value: float, se: float | None, n: int) -> Interval:
+    """The interval of a mean over n items whose standard error is known; None where there is no error."""
+    return Interval(value, None if se is None or n < 2 else quantile(n) * se, n)
+
+
+def of_pairs(first: dict, second: dict) -> Interval | None:
+    """The interval of first - second over the keys that both have (seeds, settings); None if they share none."""
+    shared = [first[key] - second[key] for key in first if key in second]
+    return of_values(shared) if shared else None
