@@ -24,15 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         _check(options)
-        git, folders = runs.git_state(), [root() / "runs" / "benchmarks"]
+        git = runs.git_state()
         if options.record:
             records.check_committed(git)
-            folders.append(root() / "book" / "results" / "benchmarks")
         for name in options.work or WORKS:
             record = _measure(name, options, git)
             print(records.text(record))
-            for folder in folders:
-                print(f"  written: {records.write(folder, record).relative_to(root())}", flush=True)
+            written = [records.write(root() / "runs" / "benchmarks", record)]
+            for path in written + [records.keep(record)] * options.record:
+                print(f"  written: {path.relative_to(root())}", flush=True)
         return 0
     except (BookError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import BenchmarkError
-from lib import root, runs, write_atomic
+from lib import integrity, runs, write_atomic
 
 SCHEMA = 1
 NEEDED = {"schema", "work", "settings", "options", "command", "git", "versions", "device", "numerics", "date",
@@ -55,6 +55,12 @@ def write(folder: Path, record: dict) -> Path:
     return path
 
 
+def keep(record: dict) -> Path:
+    """Write a record into the book, and the line of its checksum; returns its path. Raises as `write` does."""
+    with integrity.renewing(integrity.results(), f"benchmarks/{name_of(record)}") as path:
+        return write(path.parent, record)
+
+
 def check_committed(git: dict) -> None:
     """Raise BenchmarkError unless the state of the checkout, as `runs.git_state` says it, is a clean commit."""
     if git["dirty"] or git["commit"] == "unknown":
@@ -64,12 +70,22 @@ def check_committed(git: dict) -> None:
 # ------------------------------------------------------------------------------------------------ reading
 def read(path: Path) -> dict:
     """One record. RunError if it is not JSON or not of this schema."""
-    return runs.read(path, NEEDED, SCHEMA, "benchmark")
+    record = runs.from_json(path)
+    missing = NEEDED - set(record if isinstance(record, dict) else ())
+    if missing or record["schema"] != SCHEMA:
+        lacks = ", ".join(sorted(missing)) or "nothing"
+        raise runs.RunError(f"{path} is not a benchmark of schema {SCHEMA} (missing: {lacks})")
+    return record
 
 
 def recorded(folder: Path | None = None) -> list[dict]:
-    """All records of book/results/benchmarks, or of another folder: CUDA first, then by device and work."""
-    folder = folder or root() / "book" / "results" / "benchmarks"
+    """All records of book/results/benchmarks, or of another folder: CUDA first, then by device and work.
+
+    RunError if one of the book's own is not the one that was recorded, by its checksum.
+    """
+    if folder is None:
+        integrity.check(integrity.results(), "benchmarks")
+        folder = integrity.results() / "benchmarks"
     found = [read(path) for path in sorted(folder.glob("*.json"))]
     return sorted(found, key=lambda record: (record["device"]["kind"] != "cuda", record["device"]["name"]))
 

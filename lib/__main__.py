@@ -3,6 +3,7 @@ import argparse
 import sys
 
 from lib import BookError, runs
+from lib import verify as verification
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,16 +35,53 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, help="CPU threads of the run (default: all)")
     run.add_argument("--timeout", type=float, default=6 * 3600, help="time limit in seconds (default %(default)s)")
     run.add_argument("--again", action="store_true", help="repeat a complete run from the start")
+    run.add_argument("--wait", action="store_true", help="if another process runs this very run, wait until it has")
+    run.add_argument("--gpu", action="store_true", help="of several GPUs take one that no other run has taken so")
     run.set_defaults(act=_run)
 
-    record = actions.add_parser("record", help="copy complete runs into book/results, after checking them")
-    record.add_argument("run", nargs="+", help="run folders, e.g. runs/gmm/paper-seed=2")
+    sweep = actions.add_parser("sweep", help="run every configuration of a sweep, here or on a cluster",
+                               description="Run what is to do of a sweep of notebooks/presets.yml. What is done stays, "
+                               "what was interrupted goes on, what has other parameters now is set aside and run anew.")
+    sweep.add_argument("name", nargs="?", help="name of the sweep, e.g. semantic-hashing")
+    sweep.add_argument("--list", action="store_true", help="print every sweep and its number of runs")
+    sweep.add_argument("--preset", default="smoke", help="size of the runs: smoke (default), cpu, paper, ...")
+    sweep.add_argument("--seeds", type=int, metavar="N", help="seeds 1 to N (default: the sweep's own; smoke: 1)")
+    sweep.add_argument("--dry-run", action="store_true", help="print every configuration, run nothing")
+    sweep.add_argument("--profile", default="local", help="local (default), slurm, or a folder with a config.yaml")
+    sweep.add_argument("--cores", type=int, metavar="N", help="at most N cores here, or jobs on a cluster, at once")
+    sweep.add_argument("--gpus", type=int, metavar="N", help="at most N GPUs at once; 0 asks for none")
+    sweep.add_argument("--timeout", type=float, default=86400, help="time limit of a run in seconds (%(default)g)")
+    sweep.add_argument("--again", action="store_true", help="also run anew what was made by other code")
+    sweep.set_defaults(act=_sweep)
+
+    record = actions.add_parser("record", help="copy complete runs into the book, after checking all of them",
+                                description="Check runs, then copy them into book/results with their checksums; one at "
+                                "the defaults goes to book/smoke, which `verify` runs again.")
+    record.add_argument("run", nargs="+", help="run folders, e.g. runs/gmm/paper-seed=2, or 'runs/gmm/*'")
     record.add_argument("--without-pictures", action="store_true", help="numbers only, for one of many runs of a sweep")
+    record.add_argument("--forget", action="store_true", help="remove recorded runs instead, e.g. gmm/paper-seed=2")
     record.set_defaults(act=_record)
+
+    verify = actions.add_parser("verify", help="run recorded runs again and compare their numbers",
+                                formatter_class=argparse.RawDescriptionHelpFormatter, description=verification.__doc__)
+    verify.add_argument("name", nargs="*", help="e.g. gmm, its smoke run; gmm/paper (default: every smoke run)")
+    verify.add_argument("--seeds", type=int, default=0, metavar="N",
+                        help="train N further seeds of a run that differs, and judge it by their scatter")
+    verify.set_defaults(act=_verify)
+
+    release = actions.add_parser("release", help="check that HEAD alone gives the committed tables",
+                                 description="Check the checksums, build the report in a fresh clone of HEAD and "
+                                 "compare every table of recorded runs with the committed one.")
+    release.add_argument("--built", metavar="FOLDER", help="compare what is built already, e.g. build/book, instead")
+    release.set_defaults(act=_release)
 
     known = actions.add_parser("data", help="list the data sets: where they are, licence, how to get them")
     known.add_argument("--fetch", metavar="NAME", help="download one into $VAEBOOK_DATA, or ./data")
     known.set_defaults(act=_data)
+
+    board = actions.add_parser("scoreboard", help="print every published number beside what was obtained")
+    board.add_argument("--format", choices=("text", "csv", "json"), default="text", help="default: %(default)s")
+    board.set_defaults(act=_scoreboard)
 
     for name, text in (("report", "execute the notebooks and build the HTML"),
                        ("refresh", "renew the committed outputs of the notebooks")):
@@ -64,15 +102,40 @@ def _run(options) -> int:
         raise runs.RunError(f"--set needs NAME=VALUE, got {wrong!r}")
     changes = {name: runs.parse(options.notebook, name, text) for name, _, text in pairs}
     print(launch.run(options.notebook, options.preset, changes, out=options.out, timeout=options.timeout,
-                     threads=options.threads, again=options.again))
+                     threads=options.threads, again=options.again, wait=options.wait, gpu=options.gpu))
     return 0
+
+
+def _sweep(options) -> int:
+    from lib import sweeping, sweeps
+    if options.list:
+        print(sweeping.listing())
+        return 0
+    if not options.name:
+        raise runs.RunError(f"name a sweep: {', '.join(sweeps.definitions())} (--list shows their sizes)")
+    sweep = sweeps.load(options.name, options.preset, options.seeds)
+    if options.dry_run:
+        print(sweeping.described(sweep, options.again))
+        return 0
+    return sweeping.run(sweep, options.profile, options.cores, options.gpus, options.again, options.timeout)
 
 
 def _record(options) -> int:
-    from lib import launch
-    for folder in options.run:
-        print(launch.record(folder, not options.without_pictures))
+    from lib import integrity, recording
+    lines = map(integrity.forget, options.run) if options.forget else \
+        recording.record(options.run, not options.without_pictures)
+    for line in lines:
+        print(line)
     return 0
+
+
+def _verify(options) -> int:
+    return verification.verify(options.name, options.seeds)
+
+
+def _release(options) -> int:
+    from lib import release
+    return release.check(options.built)
 
 
 def _data(options) -> int:
@@ -85,6 +148,13 @@ def _data(options) -> int:
         return 0
     folder = data.fetch(options.fetch)
     print(f"{options.fetch} is in {folder}" if folder else f"{options.fetch} is embedded: nothing to fetch")
+    return 0
+
+
+def _scoreboard(options) -> int:
+    from lib import front, scoreboard
+    frame = scoreboard.score(scoreboard.flatten(scoreboard.load()), runs.records())
+    print(front.FORMATS[options.format](frame), end="")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""`python -m lib run` and `record`: papermill with checked parameters, a time limit, one retry, resume."""
+"""`python -m lib run`: papermill with checked parameters, a time limit, one retry, resume."""
 import contextlib
 import fcntl
 import os
-import shutil
+import time
 from pathlib import Path
 
-from lib import replicas, root, runs, write_atomic
+from lib import gpus, replicas, root, runs
 from lib.execute import ExecutionError, TimeLimitError, execute
 
 
@@ -22,30 +22,33 @@ def describe() -> str:
 
 
 def run(experiment: str, preset: str, changes: dict, out: str | None = None, timeout: float = 6 * 3600,
-        threads: int | None = None, again: bool = False) -> str:
+        threads: int | None = None, again: bool = False, wait: bool = False, gpu: bool = False) -> str:
     """Execute a notebook into its run folder and return one line that says what there is now, or one for each replica.
 
     The folder's results.json is written last, so it tells a complete run; such a run is not repeated unless `again`.
     An interrupted one resumes from its checkpoint. With the parameter `replicas` the first of the seeds that is not
-    complete is executed and adds the others. Raises RunError for every foreseen failure.
+    complete is executed and adds the others. wait: if another process runs this very run, until it has ended, rather
+    than refuse. gpu: on a machine with several GPUs take a free one (lib/gpus.py). Raises RunError for every foreseen
+    failure.
     """
     if not timeout > 0 or (threads is not None and threads < 1):
         raise runs.RunError(f"--timeout and --threads must be positive, got {timeout:g} and {threads}")
-    values = _values(experiment, preset, changes)
+    values = values_of(experiment, preset, changes)
     folder = Path(out).resolve() if out else root() / "runs" / experiment / runs.name_of(experiment, preset, values)
     seeds = replicas.seeds(experiment, preset, values, folder)
     with contextlib.ExitStack() as locks:
         for _, folder in seeds:
             runs.make_folder(folder)
-            locks.enter_context(_lock(folder))
+            locks.enter_context(_lock(folder, wait))
         left = [one for one in seeds if again or not replicas.complete(one[1], experiment, one[0])]
         if left:
-            _run(experiment, preset, left, len(seeds) - seeds.index(left[0]), timeout, threads, again)
+            device = locks.enter_context(gpus.taken()) if gpu else None
+            _run(experiment, preset, left, len(seeds) - seeds.index(left[0]), timeout, threads, again, device)
         return "\n".join(_said(one[1], one in left) for one in seeds)
 
 
 def _run(experiment: str, preset: str, left: list[tuple[dict, Path]], n: int, timeout: float, threads: int | None,
-         again: bool) -> None:
+         again: bool, device: str | None) -> None:
     """Execute the notebook for the first of the runs `left` (parameters, folder), which adds those up to n seeds on."""
     values, main = left[0]
     values = values | ({"replicas": n} if "replicas" in values else {})
@@ -58,6 +61,8 @@ def _run(experiment: str, preset: str, left: list[tuple[dict, Path]], n: int, ti
     environment = {"VAEBOOK_RUN": str(main), "VAEBOOK_PRESET": preset}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
     _execute(experiment, values, main, timeout, environment)
     for file in [main / "results.json.pending", *(folder / "results.json" for _, folder in left[1:])]:
         if not file.is_file():
@@ -74,7 +79,8 @@ def _said(folder: Path, fresh: bool) -> str:
     return f"{_shown(folder)}: {metrics} ({found['wall_time_s']} s)"
 
 
-def _values(experiment: str, preset: str, changes: dict) -> dict:
+def values_of(experiment: str, preset: str, changes: dict) -> dict:
+    """All parameters of a run. RunError: an unknown notebook, preset or parameter, a value of the wrong type."""
     runs.notebook_path(experiment)                         # first: an unknown notebook is the clearer complaint
     known = runs.presets(experiment)
     if preset and preset not in known:
@@ -112,46 +118,35 @@ def _complaint(experiment: str, error, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path):
+def _lock(folder: Path, wait: bool = False):
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise runs.RunError(f"another process runs in {_shown(folder)}: wait for it or choose --out") from None
+        waited = False
+        while not _locked(file):
+            if not wait:
+                raise runs.RunError(f"another process runs in {_shown(folder)}: wait for it or choose --out")
+            if not waited:
+                print(f"another process runs in {_shown(folder)}: waiting for it", flush=True)
+            waited = True
+            time.sleep(1)
         yield
+
+
+def _locked(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def running(folder: Path) -> bool:
+    """Whether a process runs in a run's folder now."""
+    try:
+        with open(folder / ".lock", "r+") as file:
+            return not _locked(file)
+    except FileNotFoundError:
+        return False
 
 
 def _shown(folder: Path) -> str:
     return os.path.relpath(folder, root()) if folder.is_relative_to(root()) else str(folder)
-
-
-def record(folder: str, pictures: bool = True) -> str:
-    """Copy a complete run's results.json and, if asked, its pictures into book/results; one line that says where.
-
-    Raises RunError if the run, or one that it starts from, was made by uncommitted code; if it is not complete, names a
-    folder of this machine, or is recorded already with other numbers.
-    """
-    source = Path(folder)
-    found = runs.read(source / "results.json")
-    for one in [found, *found.get("chain", [])]:
-        if any(code["dirty"] or code["commit"] == "unknown" for code in [one["git"], *one.get("made_by", [])]):
-            raise runs.RunError(f"{folder} was made by uncommitted code ({one['experiment']}): commit, run again, then "
-                                "record")
-        for name, value in one["parameters"].items():
-            if isinstance(value, str) and Path(value).is_absolute():
-                raise runs.RunError(f"{folder} names a folder of this machine ({name} of {one['experiment']}): give it "
-                                    "from the checkout's top, then record")
-    found["figures"] = found["figures"] if pictures else []
-    target = root() / "book" / "results" / found["experiment"] / found["run"]
-    if absent := [name for name in found["figures"] if not (source / name).is_file()]:
-        raise runs.RunError(f"{folder} is not complete: {', '.join(absent)} is missing; run it with --again first")
-    if (target / "results.json").is_file() and runs.read(target / "results.json")["metrics"] != found["metrics"]:
-        raise runs.RunError(f"{_shown(target)} is recorded with other numbers: delete it first if it is to be replaced")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in found["figures"]:
-            shutil.copyfile(source / name, target / name)
-        write_atomic(target / "results.json", runs.as_text(found).encode())
-    except OSError as error:
-        raise runs.RunError(f"cannot write to {_shown(target)}: {error.strerror or error}") from None
-    return f"recorded {_shown(target)}"

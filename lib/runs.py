@@ -7,6 +7,7 @@ import ast
 import contextlib
 import datetime
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -26,11 +27,10 @@ from pathlib import Path
 
 import yaml
 
-from lib import BookError, root, write_atomic
+from lib import BookError, intervals, root, write_atomic
+from lib.intervals import Interval
 
 SCHEMA = 1
-NEEDED = {"schema", "experiment", "run", "parameters", "metrics", "reduced", "git", "command", "date", "figures",
-          "wall_time_s"}                # without these a results.json is refused
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
 HOUSEKEEPING = ("resume", "device", "replicas", "query", "document")    # from what, where, beside what a run ran, and
                                                   # what was looked at in it: not part of its name
@@ -66,9 +66,14 @@ def notebooks() -> list[str]:
 
 def _parameters_source(path: Path) -> str | None:
     try:
-        cells = json.loads(path.read_text())["cells"]
+        return _parameters_cell(path, path.stat().st_mtime_ns)
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{path} is not a notebook: {error}") from None
+
+
+@functools.lru_cache                                      # a sweep asks for each of its runs
+def _parameters_cell(path: Path, changed: int) -> str | None:
+    cells = json.loads(path.read_text())["cells"]
     return next(("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])), None)
 
 
@@ -97,10 +102,21 @@ def parameters(experiment: str) -> dict[str, Parameter]:
 def presets(experiment: str) -> dict[str, dict]:
     """The notebook's presets of notebooks/presets.yml: {preset: {parameter: value}}."""
     try:
-        known = yaml.safe_load((root() / "notebooks" / "presets.yml").read_text()) or {}
-        return {preset: dict(values or {}) for preset, values in (known.get(experiment) or {}).items()}
+        known = presets_file().get(experiment) or {}
+        return {preset: dict(values or {}) for preset, values in known.items()}
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise RunError(f"notebooks/presets.yml cannot be read: {' '.join(str(error).split())}") from None
+
+
+def presets_file() -> dict:
+    """notebooks/presets.yml as it stands: notebooks with their presets, and `sweeps`. OSError, YAMLError."""
+    path = root() / "notebooks" / "presets.yml"
+    return _yaml(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache                                      # a sweep asks for each of its runs
+def _yaml(path: Path, changed: int) -> dict:
+    return yaml.safe_load(path.read_text()) or {}
 
 
 def check(experiment: str, values: dict) -> dict:
@@ -354,34 +370,46 @@ def peak_memory_mb() -> float:
 
 
 # ------------------------------------------------------------------------------------------------ many runs
-def read(path: Path, needed: set = NEEDED, schema=SCHEMA, kind: str = "results.json") -> dict:
-    """One record, a run's unless told otherwise. RunError if it is missing, not JSON or not of this schema."""
+def from_json(path: Path):
+    """A JSON file's content. RunError if it is missing or not JSON (a NaN is none)."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number")
     try:
-        record = json.loads(path.read_text())
+        return json.loads(path.read_text(), parse_constant=refuse)
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the run did not finish") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
-    missing = needed - set(record if isinstance(record, dict) else ())
-    if missing or record["schema"] != schema:
-        lacks = ", ".join(sorted(missing)) or "nothing"
-        raise RunError(f"{path} is not a {kind} of schema {schema} (missing: {lacks})")
+
+
+def read(path: Path) -> dict:
+    """A run's record. RunError if it is missing, not JSON or not as lib/results.schema.json says."""
+    from lib import integrity
+    record = from_json(path)
+    integrity.validate(record, path)
     return record
 
 
 def records(experiment: str | None = None, folder: Path | None = None) -> list[dict]:
-    """Every recorded run (book/results, or another folder), with "path" relative to that folder, sorted by path."""
-    folder = folder or root() / "book" / "results"
+    """Every recorded run (book/results, or another folder), with "path" relative to that folder, sorted by path.
+
+    RunError if a file of the book's own records is not the one that was recorded, by its checksum.
+    """
+    from lib import integrity
+    if folder is None:
+        folder = integrity.results()
+        integrity.check(folder, experiment or "")
     paths = sorted(folder.glob(f"{experiment or '*'}/*/results.json"))
     return [read(path) | {"path": str(path.parent.relative_to(folder))} for path in paths]
 
 
 def table(found: list[dict], metrics: list[str], by: list[str]):
-    """Runs as a pandas DataFrame: mean and standard error over seeds of each metric, a row for each setting.
+    """Runs as a pandas DataFrame: mean and 95 % interval over seeds of each metric, a row for each setting.
 
     Runs are of one setting if they differ in the seed (and HOUSEKEEPING) only; of a repeated seed the newest counts.
-    With a single seed the error is the run's own (over its test items). Columns: by (parameters, "–" where a run is
-    too old to have one), seeds, size, metric -> "m ± s".
+    Columns: by (parameters, "–" where a run is too old to have one), seeds, size, metric -> "m ± h", h the half-width
+    over the seeds (lib/intervals.py). With a single seed h is over the run's own items, and "(n=… items)" says so;
+    "(n=…)" tells a metric that only n of the seeds have.
     """
     import pandas as pd
     pd.set_option("display.max_colwidth", None)               # a notebook shows how a run is reduced, whole
@@ -395,24 +423,45 @@ def table(found: list[dict], metrics: list[str], by: list[str]):
         row = {name: str(group[0]["parameters"].get(name, "–")) for name in by}
         row |= {"seeds": len(group), "size": "; ".join(group[0]["reduced"]) or "full"}
         for name in metrics:
-            values = [record["metrics"][name] for record in group if name in record["metrics"]]
-            row[name] = _mean_text(values)
+            row[name] = _cell([record["metrics"][name] for record in group if name in record["metrics"]], len(group))
         out.append(row)
     return pd.DataFrame(out, columns=[*by, "seeds", "size", *metrics])
 
 
 def metrics_table(metrics: dict[str, dict]):
-    """One run's metrics as a pandas DataFrame: metric, mean ± standard error, n, unit."""
+    """One run's metrics as a pandas DataFrame: metric, mean ± half-width of its 95 % interval over n items, n, unit."""
     import pandas as pd
-    return pd.DataFrame([{"metric": name, "value": _mean_text([metric]), "n": metric["n"], "unit": metric["unit"]}
-                         for name, metric in metrics.items()]).set_index("metric")
+    lines = [(name, mean_text(interval_of(metric)), metric["n"], metric["unit"]) for name, metric in metrics.items()]
+    return pd.DataFrame(lines, columns=["metric", "value", "n", "unit"]).set_index("metric")
 
 
-def _mean_text(values: list[dict]) -> str:
+def interval_of(metric: dict) -> Interval:
+    """The interval of one run's metric {"value", "se", "n", "unit"} over its n items."""
+    return intervals.of_error(metric["value"], metric["se"], metric["n"])
+
+
+def mean_text(interval: Interval, digits: int = 4) -> str:
+    """"m ± h" to the second digit of the half-width; without one, or one of 0, the mean to `digits` decimals."""
+    half = interval.half
+    if half:
+        digits = max(0, min(9, 1 - math.floor(math.log10(half))))
+    return f"{interval.mean:.{digits}f}".replace("-", "−") + (f" ± {half:.{digits}f}" if half else "")
+
+
+def _cell(values: list[dict], seeds: int) -> str:
+    """One metric of the runs of a setting with so many seeds."""
+    if len(values) > 1:
+        few = f" (n={len(values)})" if len(values) < seeds else ""
+        return mean_text(intervals.of_values([metric["value"] for metric in values])) + few
     if not values:
         return "–"
-    numbers = [v["value"] for v in values]
-    mean, n = sum(numbers) / len(numbers), len(numbers)
-    se = math.sqrt(sum((v - mean) ** 2 for v in numbers) / (n - 1) / n) if n > 1 else values[0]["se"]
-    digits = 4 if not se else max(0, min(6, 1 - math.floor(math.log10(se))))
-    return f"{mean:.{digits}f}" + (f" ± {se:.{digits}f}" if se else "")
+    own = interval_of(values[0])
+    return mean_text(own) + (f" (n={own.n} items)" if own.half else "")
+
+
+def seconds(record: dict) -> float:
+    """How long a run took: its wall time or, where that is of a later measuring only, what `made_by` says it trained.
+
+    Of a chain of runs its last stage only.
+    """
+    return max(record["wall_time_s"], sum(one["seconds"] for one in record.get("made_by", [])))

@@ -12,7 +12,7 @@ import time
 
 import psutil
 import pytest
-from toy import toy_checkout
+from toy import toy_checkout, toy_record
 
 import lib
 from lib import launch, runs
@@ -333,12 +333,16 @@ def test_a_killed_command_leaves_no_kernel_and_no_lock(checkout, succeeds):
 # ------------------------------------------------------------------------------------------------ recording
 @pytest.fixture
 def complete(checkout, tmp_path):
-    """The folder of a complete run with one picture, made by committed code."""
+    """The folder of a complete run with one picture, made by the checkout's only commit."""
+    def git(*words):
+        person = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        found = subprocess.run(["git", "-C", checkout, *person, *words], check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "all")
     folder = tmp_path / "run"
     folder.mkdir()
-    record = {"schema": 1, "experiment": "toy", "run": "paper-seed=2", "parameters": {"seed": 2}, "reduced": [],
-              "metrics": {"score": {"value": 1.5, "se": None, "n": 1, "unit": "points"}}, "figures": ["latent.png"],
-              "git": {"commit": "a" * 40, "dirty": False}, "command": "", "date": "", "wall_time_s": 1.0}
+    record = toy_record(figures=["latent.png"], git={"commit": git("rev-parse", "HEAD"), "dirty": False})
     (folder / "results.json").write_text(json.dumps(record))
     (folder / "latent.png").write_bytes(b"picture")
     (folder / "latest.safetensors").write_bytes(b"weights")
@@ -386,8 +390,13 @@ def test_a_record_is_not_overwritten_by_other_numbers(checkout, complete, fails,
     target = checkout / "book" / "results" / "toy" / "paper-seed=2" / "results.json"
     before = target.read_bytes()
     changed(complete, metrics={"score": {"value": 2.5, "se": None, "n": 1, "unit": "points"}})
-    assert "book/results/toy/paper-seed=2 is recorded with other numbers: delete it first" in fails("record", complete)
+    said = fails("record", complete)
+    assert said == ("book/results/toy/paper-seed=2 is recorded with other numbers: if it is to be replaced, "
+                    "`python -m lib record --forget toy/paper-seed=2` first")
     assert target.read_bytes() == before
+    succeeds("record", "--forget", "toy/paper-seed=2")
+    succeeds("record", complete)
+    assert target.read_bytes() != before
 
 
 def test_a_book_that_cannot_be_written_is_named(checkout, complete, fails):
@@ -396,17 +405,18 @@ def test_a_book_that_cannot_be_written_is_named(checkout, complete, fails):
 
 
 def test_what_a_run_starts_from_is_committed_code_and_no_folder_of_this_machine_or_it_is_not_recorded(complete, fails):
-    clean = {"commit": "a" * 40, "dirty": False}
-    before = {"experiment": "first", "parameters": {"lr": 0.1}, "git": clean, "made_by": []}
+    clean = runs.read(complete / "results.json")["git"]
+    before = {"experiment": "first", "run": "cpu", "parameters": {"lr": 0.1}, "git": clean, "made_by": [], "seed": 1,
+              "dataset": None, "reduced": [], "command": ""}
     changed(complete, chain=[before | {"git": clean | {"dirty": True}}])
     assert "made by uncommitted code (first)" in fails("record", complete)
-    changed(complete, chain=[before | {"made_by": [clean | {"dirty": True}]}])
+    changed(complete, chain=[before | {"made_by": [clean | {"dirty": True, "steps": [0, 5], "seconds": 1.0}]}])
     assert "made by uncommitted code (first)" in fails("record", complete)
     changed(complete, chain=[before | {"parameters": {"gan": "/somewhere/gan"}}])
     assert "names a folder of this machine (gan of first)" in fails("record", complete)
 
 
 def test_a_run_that_uncommitted_code_began_is_not_recorded(checkout, complete, fails):
-    clean = {"commit": "a" * 40, "dirty": False, "steps": [5, 9], "seconds": 1.0}
+    clean = runs.read(complete / "results.json")["git"] | {"steps": [5, 9], "seconds": 1.0}
     changed(complete, made_by=[clean | {"dirty": True, "steps": [0, 5]}, clean])
     assert "made by uncommitted code" in fails("record", complete)

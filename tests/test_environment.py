@@ -1,4 +1,4 @@
-"""pyproject.toml, requirements.txt and environment.yml describe one environment."""
+"""pyproject.toml, requirements.txt and environment.yml describe one environment, workflow/requirements.txt another."""
 import itertools
 import re
 import tomllib
@@ -13,16 +13,16 @@ from packaging.utils import canonicalize_name
 from lib import root
 
 PROJECT = tomllib.loads((root() / "pyproject.toml").read_text())
-LOCK = (root() / "requirements.txt").read_text()
+BOOK, WORKFLOW = ((root() / name).read_text() for name in ("requirements.txt", "workflow/requirements.txt"))
 CONDA = yaml.safe_load((root() / "environment.yml").read_text())["dependencies"]
 MACHINES = [{"python_version": python, "python_full_version": f"{python}.1", "sys_platform": system,
              "platform_system": {"linux": "Linux", "darwin": "Darwin"}[system]}
             for python, system in itertools.product(("3.11", "3.12", "3.13"), ("linux", "darwin"))]
 
 
-def pins(machine):
-    """name -> pinned version of everything that the lock installs on a machine (marker values)."""
-    lines = LOCK.replace("\\\n", " ").splitlines()
+def pins(machine, lock=BOOK):
+    """name -> pinned version of everything that a lock installs on a machine (marker values)."""
+    lines = lock.replace("\\\n", " ").splitlines()
     found = [Requirement(re.sub(r"--hash=\S+", "", line)) for line in lines if line]
     wanted = [each for each in found if each.marker is None or each.marker.evaluate(machine)]
     versions = {canonicalize_name(each.name): next(iter(each.specifier)).version for each in wanted}
@@ -30,28 +30,40 @@ def pins(machine):
     return versions
 
 
-def direct():
-    groups = [PROJECT["project"]["dependencies"], *PROJECT["dependency-groups"].values()]
-    return [Requirement(line) for line in itertools.chain(*groups)]
+def direct(lock=BOOK):
+    groups = PROJECT["dependency-groups"]
+    wanted = [groups["workflow"]] if lock is WORKFLOW else [
+        PROJECT["project"]["dependencies"], *(groups[name] for name in groups if name != "workflow")]
+    return [Requirement(line) for line in itertools.chain(*wanted)]
 
 
+both = pytest.mark.parametrize("lock", [BOOK, WORKFLOW], ids=["book", "workflow"])
+
+
+@both
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: f"{m['python_version']}-{m['sys_platform']}")
-def test_every_direct_requirement_is_pinned_within_its_range(machine):
-    have = pins(machine)
-    for requirement in direct():
+def test_every_direct_requirement_is_pinned_within_its_range(machine, lock):
+    have = pins(machine, lock)
+    for requirement in direct(lock):
         version = have.get(canonicalize_name(requirement.name))
-        assert version, f"{requirement.name} has no pin in requirements.txt: make lock"
+        assert version, f"{requirement.name} has no pin in its requirements.txt: make lock"
         assert requirement.specifier.contains(version), f"{requirement} but {version} is pinned: make lock"
 
 
-def test_every_pin_is_exact_and_hashed():
-    for line in LOCK.replace("\\\n", " ").splitlines():
+@both
+def test_every_pin_is_exact_and_hashed(lock):
+    for line in lock.replace("\\\n", " ").splitlines():
         assert re.match(r"[\w.-]+==[\w.+!]+ ", line), line[:80]
         assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", line), line[:80]
 
 
-def test_the_lock_holds_no_address():
-    assert "://" not in LOCK and "--index" not in LOCK and "--find-links" not in LOCK
+@both
+def test_the_lock_holds_no_address(lock):
+    assert "://" not in lock and "--index" not in lock and "--find-links" not in lock
+
+
+def test_what_runs_sweeps_is_no_part_of_the_books_environment():
+    assert canonicalize_name("snakemake") not in pins(None) and "torch" not in pins(None, WORKFLOW)
 
 
 def test_conda_gives_python_pip_and_node_and_pip_the_same_pins():

@@ -76,7 +76,7 @@ FAULTS = {
     "another experiment": (lambda f: edit(f, experiment="gmm"), "is a run of gmm, not of autoencoders"),
     "an unknown parameter": (lambda f: edit(f, parameters={"zdim": 2}), "no parameter 'zdim': did you mean 'z_dim'"),
     "an unknown model": (lambda f: edit(f, parameters={"model": "gan"}), "unknown model 'gan'"),
-    "other data": (lambda f: edit(f, dataset={"name": "digits", "sha256": "0"}), "another version of digits"),
+    "other data": (lambda f: edit(f, dataset={"name": "digits", "sha256": 64 * "0"}), "another version of digits"),
 }
 
 

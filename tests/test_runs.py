@@ -14,9 +14,10 @@ import nbformat
 import pytest
 import torch
 from nbformat import v4
+from toy import toy_record
 
 import lib
-from lib import evaluate, runs
+from lib import evaluate, integrity, runs
 from lib.__main__ import _parser
 
 CELL = '''steps: int = 300  # gradient steps
@@ -199,7 +200,7 @@ def test_the_books_own_notebooks_and_presets_are_valid(name, monkeypatch):
 def test_every_preset_belongs_to_a_notebook(monkeypatch):
     monkeypatch.setattr(runs, "root", lib.root)
     import yaml
-    assert set(yaml.safe_load((lib.root() / "notebooks" / "presets.yml").read_text())) <= set(runs.notebooks())
+    assert set(yaml.safe_load((lib.root() / "notebooks" / "presets.yml").read_text())) <= {*runs.notebooks(), "sweeps"}
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -372,9 +373,8 @@ def test_provenance_tells_committed_code_from_other(house):
 def recorded(folder, experiment="toy", name="cpu", **changes):
     path = folder / experiment / name / "results.json"
     path.parent.mkdir(parents=True)
-    record = {"schema": 1, "experiment": experiment, "run": name, "parameters": DEFAULTS, "metrics": GOOD,
-              "reduced": [], "git": {}, "command": "", "date": "", "figures": [], "wall_time_s": 1.0} | changes
-    path.write_text(json.dumps(record))
+    record = toy_record(experiment=experiment, run=name, parameters=DEFAULTS, metrics=GOOD)
+    path.write_text(json.dumps(record | changes))
     return path
 
 
@@ -390,7 +390,7 @@ def test_missing_and_foreign_results_are_refused(tmp_path):
     assert said == f"{tmp_path}/results.json is missing: the run did not finish"
     assert "cannot be read" in complaint(runs.read, tmp_path)
     path = recorded(tmp_path, schema=2)
-    assert "not a results.json of schema 1 (missing: nothing)" in complaint(runs.read, path)
+    assert f"{path} is not a results.json of schema 1: schema must be" in complaint(runs.read, path)
 
 
 def test_records_are_every_recorded_run_with_its_path(house):
@@ -398,11 +398,13 @@ def test_records_are_every_recorded_run_with_its_path(house):
     folder = house / "book" / "results"
     for experiment, name in (("toy", "b"), ("toy", "a"), ("other", "c")):
         recorded(folder, experiment, name)
+    integrity.renew(folder)
     (folder / "toy" / "unfinished").mkdir()
     assert [r["path"] for r in runs.records()] == ["other/c", "toy/a", "toy/b"]
     assert [r["run"] for r in runs.records("toy")] == ["a", "b"] and runs.records("nothing") == []
     assert [r["path"] for r in runs.records(folder=folder / "..")] == []
     (folder / "toy" / "a" / "results.json").write_text("{")
+    integrity.renew(folder)
     assert "toy/a/results.json cannot be read" in complaint(runs.records)
 
 

@@ -1,4 +1,4 @@
-"""Not a test: a checkout with a toy notebook, for the tests of runs."""
+"""Not a test: a checkout with a toy notebook and a record of it, for the tests of runs."""
 import shutil
 
 import nbformat
@@ -17,3 +17,14 @@ def toy_checkout(folder, sources, presets, without=()):
     nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), folder / "notebooks" / "toy.ipynb")
     (folder / "notebooks" / "presets.yml").write_text(presets)
     return folder
+
+
+def toy_record(**changes):
+    """A results.json of the toy, of committed code, as lib/results.schema.json wants it."""
+    return {
+        "schema": 1, "experiment": "toy", "run": "paper-seed=2", "preset": "paper", "parameters": {"seed": 2},
+        "reduced": [], "metrics": {"score": {"value": 1.5, "se": None, "n": 1, "unit": "points"}}, "seed": 2,
+        "dataset": None, "command": "python -m lib run toy --preset paper --seed 2",
+        "git": {"commit": "a" * 40, "dirty": False}, "made_by": [], "versions": {"python": "3.11.0"},
+        "device": {"kind": "cpu", "name": "toy", "threads": 1}, "wall_time_s": 1.0, "peak_memory_mb": 1.0,
+        "figures": [], "date": "2026-01-01T00:00:00Z", "history": {}} | changes

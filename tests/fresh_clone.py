@@ -1,0 +1,35 @@
+"""Not a test: the working tree as a clean checkout elsewhere, for the tests that run many processes in it."""
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import lib
+
+
+def fresh_clone(folder: Path) -> Path:
+    """A repository of one commit with every file of the working tree that git knows or would add."""
+    source = lib.root()
+    names = git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, dict.fromkeys(names)):
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, folder / name)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=n", "-c", "user.email=e@example.org", "commit", "-q", "-m", "as it stands")
+    link = folder / "workflow" / ".venv"
+    if not link.exists() and (source / "workflow" / ".venv").is_dir():
+        link.symlink_to(source / "workflow" / ".venv")
+    return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True, text=True).stdout
+
+
+def environment(checkout: Path) -> dict:
+    """Variables with which Python and its kernels take lib from the checkout, a core each."""
+    left_out = {"VAEBOOK_RUN", "VAEBOOK_PRESET", "CUDA_VISIBLE_DEVICES"}
+    return {name: value for name, value in os.environ.items() if name not in left_out} | {
+        "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
