@@ -7,21 +7,22 @@ Pure functions. `flatten` turns the file into rows, `score` joins them with run 
     direction holds  not that, but in every claimed order that was run at the same size
     not reproduced   neither
     not run          no recorded run, or only a reduced one and no order to check
-"Order" asks for a difference of more than two standard errors, taken over the seeds that both sides were run
-with, or from the two errors if there is one seed. Where only a template's stand-in was measured, such as another
-Frechet distance for the FID, nothing but the order is judged, between rows that the same stand-in measured; such a
-row is never "reproduced". The file explains its templates; lib/tables.py draws the rows.
+"Order" asks that the 95 % interval of the difference excludes 0: Student's over the seeds that both sides were run
+with, else of two independent means, by both sides' own intervals; without those it is undecided. Where only a
+template's stand-in was measured, such as another Frechet distance for the FID, nothing but the order is judged, between
+rows that the same stand-in measured; such a row is never "reproduced". The file explains its templates; lib/front.py
+and lib/tables.py draw the rows.
 """
 import math
 import re
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
 
 import pandas as pd
 import yaml
 
-from lib import BookError, root
+from lib import BookError, intervals, root, runs
+from lib.intervals import Interval
 from lib.runs import HOUSEKEEPING
 
 VERDICTS = ("reproduced", "direction holds", "not reproduced", "not run")
@@ -30,7 +31,7 @@ REQUIRED = ("published", "experiment", "metric", "unit", "tolerance")
 OPTIONAL = ("where", "order", "resolution", "source", "pivot", "stand_in", "error")
 STAND_IN = ("metric", "unit")
 PATH = "path"                   # first of a `pivot`: the rest of the number's path goes down instead of a wildcard
-RECORD = ("experiment", "run", "seed", "parameters", "metrics", "reduced", "command")
+RECORD = ("experiment", "run", "seed", "parameters", "metrics", "reduced", "command", "wall_time_s")
 METRIC = ("value", "se", "n", "unit")
 
 
@@ -187,9 +188,10 @@ def _claim_orders(group: list[dict], template: dict) -> None:
 def score(rows: list[dict], records: list[dict]) -> pd.DataFrame:
     """The rows beside what the records (parsed results.json files) obtained, judged; one line for each row.
 
-    Columns added: obtained, by ("", or the stand-in's unit if `obtained` is of that), instrument, se, bar (what the
-    error bar is), n, seeds (seed -> value), deviation (obtained - published; none of a stand-in), size (full or
-    reduced: ...), verdict, why, command, device, runs.
+    Columns added: obtained, by ("", or the stand-in's unit if `obtained` is of that), instrument, half (of the 95 %
+    interval), n and of (what n counts: "seeds", "items" of one run, or "run" if nothing gives an interval), bar (the
+    same in words), seeds (seed -> value), deviation (obtained - published; none of a stand-in), size (full or
+    reduced: ...), seconds (runs.seconds of all), verdict, why, command, device, runs (paths).
     Raises ScoreboardError: a record without a key, metric or parameter that is asked for, a metric in another
     unit, or records that differ in more than the seed, or in how they measure, where one setting is meant.
     """
@@ -201,7 +203,7 @@ def score(rows: list[dict], records: list[dict]) -> pd.DataFrame:
         row["verdict"], row["why"] = _judge(row, by_key)
     for row in rows:
         del row["at"]
-    numbers = ("published", "half_width", "obtained", "se", "deviation", "tolerance")
+    numbers = ("published", "half_width", "obtained", "half", "deviation", "tolerance", "seconds")
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float)) if rows else pd.DataFrame()
 
 
@@ -210,10 +212,13 @@ def counts(frame: pd.DataFrame) -> dict[str, int]:
     return {verdict: int((frame["verdict"] == verdict).sum()) for verdict in VERDICTS}
 
 
-def _name(record: dict) -> str:
+def _path(record: dict) -> str:
     record = record if isinstance(record, dict) else {}
-    path = record.get("path") or f"{record.get('experiment', '?')}/{record.get('run', '?')}"
-    return f"{path}/results.json"
+    return record.get("path") or f"{record.get('experiment', '?')}/{record.get('run', '?')}"
+
+
+def _name(record: dict) -> str:
+    return f"{_path(record)}/results.json"
 
 
 def _at(row: dict) -> str:
@@ -226,8 +231,8 @@ def _measure(row: dict, records: list[dict]) -> dict:
     for record in sorted((r for r in records if _matches(row, r)), key=lambda r: r.get("date", "")):
         sizes[tuple(record["reduced"])].append(record)
     if not sizes:
-        return {"obtained": None, "by": "", "instrument": None, "se": None, "bar": "", "n": 0, "seeds": {},
-                "deviation": None, "size": "", "command": "", "device": "", "runs": (), "at": {}}
+        return {"obtained": None, "by": "", "instrument": None, "half": None, "bar": "", "n": 0, "of": "", "seeds": {},
+                "deviation": None, "size": "", "seconds": None, "command": "", "device": "", "runs": (), "at": {}}
     at = {_size(reduced): _measured(row, found) for reduced, found in sizes.items()}
     reduced, _ = min(sizes.items(), key=lambda item: (len(item[0]), -len(item[1])))
     return at[_size(reduced)] | {"size": _size(reduced), "at": at}
@@ -243,18 +248,27 @@ def _measured(row: dict, found: list[dict]) -> dict:
     chosen = list({record["seed"]: record for record in found}.values())
     by = _stand_in(row, chosen)
     metrics = [_metric(row, record, by) for record in chosen]
-    values = [metric["value"] for metric in metrics]
-    se, n = metrics[0]["se"], metrics[0]["n"]
-    bar = "one run, no error bar" if se is None else f"s.e. {row['error'] or f'over the {n:,} items'} of one run"
-    if len(values) > 1:
-        se, n, bar = stdev(values) / math.sqrt(len(values)), len(values), f"s.e. over {len(values)} seeds"
+    seeds = {record["seed"]: metric["value"] for record, metric in zip(chosen, metrics, strict=True)}
+    interval, of, bar = _interval(row, metrics)
     return {
-        "obtained": mean(values), "se": se, "bar": bar, "n": n, "by": by["unit"] if by else "",
-        "instrument": _instrument(row, chosen, by), "deviation": None if by else mean(values) - row["published"],
-        "seeds": {record["seed"]: value for record, value in zip(chosen, values, strict=True)},
-        "command": "\n".join(record["command"] for record in chosen), "runs": tuple(map(_name, chosen)),
+        "obtained": interval.mean, "half": interval.half, "bar": bar, "n": interval.n, "of": of,
+        "by": by["unit"] if by else "", "instrument": _instrument(row, chosen, by), "seeds": seeds,
+        "deviation": None if by else interval.mean - row["published"],
+        "command": "\n".join(record["command"] for record in chosen), "runs": tuple(map(_path, chosen)),
+        "seconds": sum(map(runs.seconds, chosen)),
         "device": ", ".join(dict.fromkeys(record.get("device", {}).get("name", "") for record in chosen)),
     }
+
+
+def _interval(row: dict, metrics: list[dict]) -> tuple[Interval, str, str]:
+    """(interval of what the runs measured, what its n counts, words for what it is over)."""
+    if len(metrics) > 1:
+        over = intervals.of_values([metric["value"] for metric in metrics])
+        return over, "seeds", f"95 % interval over {over.n} seeds"
+    own = runs.interval_of(metrics[0])
+    if own.half is None:
+        return Interval(own.mean, None, 1), "run", "one run, no interval"
+    return own, "items", f"95 % interval {row['error'] or 'over the items'} of one run, n = {own.n:,}"
 
 
 def _matches(row: dict, record: dict) -> bool:
@@ -350,32 +364,48 @@ def _judge(row: dict, by_key: dict) -> tuple[str, str]:
     return verdict, f"{why}; {off}" if why else off
 
 
-def _orders(row: dict, by_key: dict) -> tuple[list[str], list[str], list[str]]:
-    """The row's claims that (hold, fail, are open), of those whose two sides were measured alike at the row's size."""
+def _orders(row: dict, by_key: dict) -> tuple[list, list, list]:
+    """The row's claims that (hold, fail, are open), of those whose two sides were measured alike at the row's size.
+
+    A claim is (words with the difference in the claimed direction, how that was taken).
+    """
     holds, fails, open_ = [], [], []
     for high, low, words in row["claims"]:
         high, low = (by_key[row["section"], side]["at"].get(row["size"]) for side in (high, low))
-        if high and low and all(high[name] == low[name] for name in ("by", "instrument")):
-            difference, error = _difference(high, low)
-            (holds if difference > 2 * error else fails if difference <= -2 * error else open_).append(words)
+        if not (high and low and all(high[name] == low[name] for name in ("by", "instrument"))):
+            continue
+        difference, how = _difference(high, low)
+        found = holds if difference.low > 0 else fails if difference.high < 0 else open_
+        found.append((f"{words}: {runs.mean_text(difference)}", how))
     return holds, fails, open_
 
 
-def _direction(holds: list[str], fails: list[str], open_: list[str], size: str) -> tuple[str, str]:
+def _direction(holds: list, fails: list, open_: list, size: str) -> tuple[str, str]:
     """(verdict, why) by the claims alone."""
     without = "not reproduced" if size == "full" else "not run"
     if fails:
-        return "not reproduced", f"{', '.join(fails)} does not hold"
+        return "not reproduced", f"against {_listed(fails)}"
     if open_:
-        return without, f"{', '.join(open_)} is within two standard errors of no difference"
+        return without, f"undecided {_listed(open_)}"
     if holds:
-        return "direction holds", ", ".join(holds)
+        return "direction holds", _listed(holds)
     return without, "" if size == "full" else "only at reduced size, no order to check"
 
 
-def _difference(high: dict, low: dict) -> tuple[float, float]:
-    """`high` less `low` and its standard error: seed by seed if possible, else from the error bars there are."""
-    pairs = [high["seeds"][seed] - low["seeds"][seed] for seed in high["seeds"] if seed in low["seeds"]]
-    if len(pairs) > 1:
-        return mean(pairs), stdev(pairs) / math.sqrt(len(pairs))
-    return high["obtained"] - low["obtained"], math.hypot(high["se"] or 0.0, low["se"] or 0.0)
+def _listed(claims: list[tuple[str, str]]) -> str:
+    """The claims in words; how the differences were taken is said once if it is the same."""
+    ways = dict.fromkeys(how for _, how in claims)
+    return "; ".join(f"{', '.join(words for words, how in claims if how == way)} ({way})" for way in ways)
+
+
+def _difference(high: dict, low: dict) -> tuple[Interval, str]:
+    """(`high` less `low`, how that was taken): seed by seed if two or more are shared, else as of independent means.
+
+    The latter's half-width is the root of the sum of both squared, and None if either is unknown.
+    """
+    paired = intervals.of_pairs(high["seeds"], low["seeds"])
+    if paired and paired.half is not None:
+        return paired, f"{paired.n} seeds"
+    half = None if None in (high["half"], low["half"]) else math.hypot(high["half"], low["half"])
+    how = "unpaired" if max(len(high["seeds"]), len(low["seeds"])) > 1 else "one run each"
+    return Interval(high["obtained"] - low["obtained"], half, 1), how + ", no interval" * (half is None)

@@ -1,12 +1,15 @@
-"""Scoreboard rows as HTML tables for notebooks and pages: they scroll where it is narrow and need no script.
+"""Scoreboard rows as HTML tables for the chapters: they scroll where it is narrow and need no script.
 
-A verdict is a symbol and a word, never only a colour. `score` in lib/scoreboard.py makes the rows.
+A verdict is a symbol and a word, never only a colour; a number obtained is shown to the second digit of its 95 %
+interval's half-width, and words say what the interval is over. `score` in lib/scoreboard.py makes the rows;
+lib/front.py draws all of them as one table.
 """
-import math
 from html import escape
 
 import pandas as pd
 
+from lib import runs
+from lib.intervals import Interval
 from lib.scoreboard import PATH, VERDICTS, counts
 
 SYMBOLS = dict(zip(VERDICTS, "✓↗✗○", strict=True))
@@ -33,14 +36,14 @@ def summary(frame: pd.DataFrame) -> str:
     """How many numbers of each work have which verdict."""
     groups = [*frame.groupby("work", sort=False), ("all", frame)]
     lines = ([work.replace("-", " "), *counts(rows).values(), len(rows)] for work, rows in groups)
-    return _table(("", *map(_verdict, VERDICTS), "numbers"), lines)
+    return _table(("", *map(_words, VERDICTS), "numbers"), lines)
 
 
 def _plain(row: dict) -> list[str]:
-    obtained = _obtained(row) + (f"<br>{_note(row['bar'])}" if row["bar"] else "")
+    said = obtained(row) + (f"<br>{note(row['bar'])}" if row["bar"] else "")
     why = escape(row["why"]) + (_details("command", [escape(row["command"])]) if row["command"] else "")
-    return [f"{_label(row)}<br>{_note(row['unit'])}", f"{_published(row)}<br>{_note(row['source'])}", obtained,
-            escape(row["size"]), _verdict(row["verdict"]), why]
+    return [f"{label(row)}<br>{note(row['unit'])}", f"{published(row)}<br>{note(row['source'])}", said,
+            escape(row["size"]), verdict(row["verdict"]), why]
 
 
 def _pivoted(rows: list[dict], names: tuple[str, ...]) -> str:
@@ -52,12 +55,19 @@ def _pivoted(rows: list[dict], names: tuple[str, ...]) -> str:
     across = dict.fromkeys(key[1:] for key in cells)
     first = "" if names[0] == PATH else names[0]
     head = [first, *("<br>".join(map(" ".join, zip(names[1:], key, strict=True))) for key in across)]
-    lines = ([line, *(_cell(cells.get((line, *column))) for column in across)] for line in down)
-    sizes = {row["size"] for row in rows if row["size"]}
-    said = next(iter(sizes)) if len(sizes) == 1 and sizes != {"full"} else ""
-    run = [f"<strong>{_label(row)}</strong>: {escape('; '.join((row['why'], *{row['size']} - {said}, row['bar'])))}<br>"
+    said = {name: _one(row[name] for row in rows if row[name]) for name in ("size", "bar")}
+    lines = ([line, *(_cell(cells.get((line, *column)), said["bar"]) for column in across)] for line in down)
+    once = {"full", *said.values()}
+    run = [f"<strong>{label(row)}</strong>: "
+           f"{escape('; '.join((row['why'], *(row[name] for name in said if row[name] not in once))))}<br>"
            f"<code>{escape(row['command'])}</code>" for row in rows if row["command"]]
-    return _table(head, lines, _caption(rows, shared, said)) + (_details("why, and the commands", run) if run else "")
+    return _table(head, lines, _caption(rows, shared, **said)) + (_details("why, and the commands", run) if run else "")
+
+
+def _one(words) -> str:
+    """The words if they are the same everywhere, else none."""
+    different = set(words)
+    return different.pop() if len(different) == 1 else ""
 
 
 def _line(row: dict, shared: list[str]) -> str:
@@ -66,8 +76,8 @@ def _line(row: dict, shared: list[str]) -> str:
     return _words_of(part for part in row["rest"] if part not in shared) if first == PATH else row["wildcards"][first]
 
 
-def _caption(rows: list[dict], shared: list[str], size: str) -> str:
-    """What the cells of a table hold, what stands in for what, and the size, if it is one, of what was run."""
+def _caption(rows: list[dict], shared: list[str], size: str, bar: str) -> str:
+    """What the cells of a table hold, what stands in for what; of what was run the size and the interval, if one."""
     unit, source, tolerance = (", ".join(dict.fromkeys(row[name] for row in rows)) for name in
                                ("unit", "source", "stated"))
     name = (" / ".join(shared) or rows[0]["metric"]).replace("_", " ")
@@ -75,17 +85,22 @@ def _caption(rows: list[dict], shared: list[str], size: str) -> str:
     by = ", ".join(dict.fromkeys(row["by"] for row in rows if row["by"]))
     instead = f"{by} stands in where no {unit} was measured: another quantity, of which only the order is judged"
     text = f"{name}: published ({source}), obtained, verdict; tolerance {tolerance}"
-    return ". ".join([text, *[instead] * bool(by), *[size.replace("reduced", "Reduced", 1)] * bool(size)])
+    over = f"Obtained ± its {bar}" if bar and not bar.startswith("one run") else bar.capitalize()
+    size = size.replace("reduced", "Reduced", 1) if size != "full" else ""
+    return ". ".join(filter(None, (text, over, instead if by else "", size)))
 
 
-def _cell(row: dict | None) -> str:
+def _cell(row: dict | None, bar: str) -> str:
+    """Published, obtained and verdict; with n unless the caption says `bar`, what the interval is over."""
     if not row:
         return ""
-    size = f" {_note('reduced')}" if row["size"] not in ("", "full") else ""
-    return "<br>".join((_published(row), _obtained(row) + size, _words(row["verdict"])))
+    small = [counted(row)] * bool(row["bar"] and not bar) + ["reduced"] * (row["size"] not in ("", "full"))
+    return "<br>".join((published(row), obtained(row) + (f" {note(', '.join(small))}" if small else ""),
+                        _words(row["verdict"])))
 
 
-def _label(row: dict) -> str:
+def label(row: dict) -> str:
+    """The number's path in words."""
     return _words_of(row["key"].split("."))
 
 
@@ -93,33 +108,42 @@ def _words_of(parts) -> str:
     return escape(" / ".join(parts).replace("_", " "))
 
 
-def _published(row: dict) -> str:
-    return _number(row["published"], row["decimals"], row["half_width"])
+def published(row: dict) -> str:
+    """The published number with its digits and, where one is published, its error bar."""
+    text = f"{row['published']:.{row['decimals']}f}"
+    error = "" if pd.isna(row["half_width"]) else f" ± {row['half_width']:.{row['decimals']}f}"
+    return _unbroken(text.replace("-", "−") + error)
 
 
-def _obtained(row: dict) -> str:
+def obtained(row: dict) -> str:
+    """The number obtained ± its half-width, after the unit of what stands in; a dash where there is none."""
     if pd.isna(row["obtained"]):
         return "–"
-    if not row["by"]:
-        return _number(row["obtained"], min(row["decimals"] + 1, 4), row["se"])
-    decimals = max(0, min(4, 1 - math.floor(math.log10(row["se"])))) if row["se"] > 0 else 2
-    return f"{escape(row['by'])}\N{NO-BREAK SPACE}{_number(row['obtained'], decimals, row['se'])}"
+    half = None if pd.isna(row["half"]) else row["half"]
+    digits = 2 if row["by"] else min(row["decimals"] + 1, 4)
+    return f"{escape(row['by'])} {_unbroken(runs.mean_text(Interval(row['obtained'], half, row['n']), digits))}".strip()
 
 
-def _number(value: float, decimals: int, error: float | None) -> str:
-    text = f"{value:.{decimals}f}".replace("-", "−")
-    return text if pd.isna(error) else f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.{decimals}f}"
+def counted(row: dict) -> str:
+    """What the interval is over: "n=5 seeds", "n=7,505 items", or "n=1 run" where there is none."""
+    return f"n={row['n']:,} {row['of']}" if row["of"] else ""
 
 
-def _words(verdict: str) -> str:
-    return f"{SYMBOLS[verdict]} {verdict}"
+def _unbroken(text: str) -> str:
+    return escape(text).replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def _verdict(verdict: str) -> str:
-    return f'<span style="white-space:nowrap">{_words(verdict)}</span>'
+def _words(word: str) -> str:
+    return f"{SYMBOLS[word]} {word}"
 
 
-def _note(words: str) -> str:
+def verdict(word: str) -> str:
+    """A verdict's symbol and word on one line."""
+    return f'<span style="white-space:nowrap">{_words(word)}</span>'
+
+
+def note(words: str) -> str:
+    """Small print."""
     return f'<small style="font-weight:normal">{escape(words)}</small>'
 
 
@@ -132,6 +156,6 @@ def _table(head, lines, caption: str = "") -> str:
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
                    for first, *rest in lines)
-    caption = f"<p>{_note(caption)}</p>" if caption else ""
+    caption = f"<p>{note(caption)}</p>" if caption else ""
     return (f'{caption}<div style="overflow-x:auto"><table class="dataframe table" style="min-width:40em">'
             f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")

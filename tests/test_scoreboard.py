@@ -63,6 +63,7 @@ def record(seed=1, reduced=(), experiment="toy", parameters=None, unit="nats", *
         "command": f"python -m lib run {experiment} --preset paper --seed {seed}",
         "date": f"2026-01-0{seed}T00:00:00Z",
         "device": {"name": "a CPU"},
+        "wall_time_s": 12.5,
     }
 
 
@@ -140,7 +141,9 @@ def test_full_size_within_tolerance_is_reproduced():
     assert row["verdict"] == "reproduced"
     assert row["size"] == "full"
     assert row["deviation"] == pytest.approx(-0.01)
-    assert row["bar"] == "s.e. over the 100 items of one run"
+    assert (row["bar"], row["n"], row["of"]) == ("95 % interval over the items of one run, n = 100", 100, "items")
+    assert row["half"] == pytest.approx(1.984217 * 0.01)  # t(0.975; 99), from tables
+    assert (row["runs"], row["seconds"]) == (("toy/paper-seed=1",), 12.5)
     assert row["command"] == "python -m lib run toy --preset paper --seed 1"
 
 
@@ -157,34 +160,61 @@ def test_reduced_runs_are_never_reproduced():
 def test_out_of_tolerance_the_direction_may_hold():
     found = rows(record(elbo_before=(-4.0, 0.01), elbo_after=(-3.9, 0.01)))
     assert found["elbo.before"]["verdict"] == found["elbo.after"]["verdict"] == "direction holds"
-    assert found["elbo.before"]["why"] == "after > before; off by 0.63, tolerance 0.04"
+    assert found["elbo.before"]["why"] == "after > before: 0.100 ± 0.028 (one run each); off by 0.63, tolerance 0.04"
 
 
 def test_within_tolerance_but_against_the_claim_is_not_reproduced():
-    found = rows(record(elbo_before=-3.34, elbo_after=-3.335))
+    found = rows(record(elbo_before=(-3.34, 0.001), elbo_after=(-3.335, 0.001)))
     assert found["elbo.before"]["verdict"] == "reproduced"
-    found = rows(record(elbo_before=-3.335, elbo_after=-3.34))
+    found = rows(record(elbo_before=(-3.335, 0.001), elbo_after=(-3.34, 0.001)))
+    assert found["elbo.before"]["verdict"] == found["elbo.after"]["verdict"] == "not reproduced"
+    assert found["elbo.after"]["why"].startswith("against after > before: −0.0050 ± 0.0028 (one run each); off by")
+
+
+def test_a_difference_whose_interval_contains_0_is_no_direction():
+    """Of two runs of 100 items: 1.984217 sqrt(2) s is 0.0982 for s = 0.035, and 0.1010 for s = 0.036."""
+    apart = {"elbo_before": (-4.0, 0.035), "elbo_after": (-3.9, 0.035)}
+    assert rows(record(**apart))["elbo.after"]["verdict"] == "direction holds"
+    close = {"elbo_before": (-4.0, 0.036), "elbo_after": (-3.9, 0.036)}
+    row = rows(record(**close))["elbo.after"]
+    assert row["verdict"] == "not reproduced"
+    assert row["why"] == "undecided after > before: 0.10 ± 0.10 (one run each); off by 0.6, tolerance 0.04"
+
+
+@pytest.mark.parametrize("errors", [(None, None), (None, 0.01), (0.01, None)])
+def test_an_order_is_undecided_where_an_error_is_unknown(errors):
+    row = rows(record(elbo_before=(-4.0, errors[0]), elbo_after=(-3.0, errors[1])))["elbo.before"]
+    assert row["verdict"] == "not reproduced"
+    assert row["why"].startswith("undecided after > before: 1.0000 (one run each, no interval); off by")
+    found = rows(record(elbo_before=(-3.37, errors[0]), elbo_after=(-3.3, errors[1])))
     assert found["elbo.before"]["verdict"] == found["elbo.after"]["verdict"] == "not reproduced"
 
 
-def test_a_difference_within_its_error_is_no_direction():
-    apart = {"elbo_before": (-4.0, 0.03), "elbo_after": (-3.9, 0.03)}
-    assert rows(record(**apart))["elbo.after"]["verdict"] == "direction holds"
-    close = {"elbo_before": (-4.0, 0.04), "elbo_after": (-3.9, 0.04)}
-    assert rows(record(**close))["elbo.after"]["verdict"] == "not reproduced"
+def test_seeds_that_are_not_shared_are_compared_as_independent_means():
+    """Of three values of deviation 0.1 each: 4.302653 x 0.1 / sqrt(3) = 0.2484 and sqrt(2) of it, 0.3513."""
+    def found(higher):
+        own = [record(s, parameters={"side": "before"}, elbo_before=-4.2 + s / 10) for s in (1, 2, 3)]
+        own += [record(s, parameters={"side": "after"}, elbo_after=higher - 0.5 + s / 10) for s in (4, 5, 6)]
+        return rows(*own, published=changed(where={"side": "{stage}"}))["elbo.after"]
+
+    assert found(-3.6)["why"].startswith("after > before: 0.40 ± 0.35 (unpaired)")
+    assert found(-3.7)["why"].startswith("undecided after > before: 0.30 ± 0.35 (unpaired)")
 
 
 def test_order_is_judged_seed_by_seed():
     """A small difference that every seed shows is an order, however far apart the seeds are; else it is none."""
     spread = {1: -4.0, 2: -4.5, 3: -5.0}
-    same = rows(*(record(seed=s, elbo_before=v, elbo_after=v + 0.01) for s, v in spread.items()))
+    same = rows(*(record(seed=s, elbo_before=v, elbo_after=v + 0.01 + s / 1e4) for s, v in spread.items()))
     assert same["elbo.after"]["verdict"] == "direction holds"
+    assert same["elbo.after"]["why"].startswith("after > before: 0.01020 ± 0.00025 (3 seeds); ")
+    two = rows(*(record(seed=s, elbo_before=v, elbo_after=v + s / 10) for s, v in list(spread.items())[:2]))
+    assert two["elbo.after"]["why"].startswith("undecided after > before: 0.15 ± 0.64 (2 seeds)")
     mixed = rows(*(record(seed=s, elbo_before=v, elbo_after=v + 0.01 * (s - 1)) for s, v in spread.items()))
     assert mixed["elbo.after"]["verdict"] == "not reproduced"
 
 
 def test_numbers_published_as_equal_claim_no_order():
-    found = rows(record(elbo_before=-3.3, elbo_after=-3.4), published=changed(resolution=0.1))
+    found = rows(record(elbo_before=(-3.3, 0.01), elbo_after=(-3.4, 0.01)), published=changed(resolution=0.1))
     assert found["elbo.after"]["why"] == "off by 0.1, tolerance 0.04"
     assert found["elbo.after"]["claims"] == []
     assert len(rows(published=changed(resolution=0.05))["elbo.after"]["claims"]) == 1
@@ -200,14 +230,15 @@ def test_order_is_not_compared_between_sizes():
     assert found["test.d0.e1.8"]["verdict"] == "not reproduced"
     assert "e1 < e2" not in found["test.d0.e1.8"]["why"]
     assert found["test.d0.e2.8"]["verdict"] == "not run"
-    found = rows(grid("e1", 64, 33), grid("e2", 64, 46))
+    found = rows(grid("e1", 64, (33, 1)), grid("e2", 64, (46, 1)))
     assert found["test.d0.e1.64"]["verdict"] == found["test.d0.e2.64"]["verdict"] == "reproduced"
     assert found["test.d0.e1.64"]["tolerance"] == pytest.approx(3)
 
 
 def test_a_reduced_row_is_compared_with_a_reduced_run_of_one_that_also_has_the_full_size():
     reduced = ["steps 1 instead of 2"]
-    found = rows(grid("e1", 64, 33), grid("e1", 64, 90, reduced=reduced), grid("e2", 64, 95, reduced=reduced))
+    found = rows(grid("e1", 64, 33), grid("e1", 64, (90, 1), reduced=reduced),
+                 grid("e2", 64, (95, 1), reduced=reduced))
     assert (found["test.d0.e1.64"]["size"], found["test.d0.e1.64"]["verdict"]) == ("full", "reproduced")
     assert found["test.d0.e2.64"]["size"] == f"reduced: {reduced[0]}"
     assert (found["test.d0.e2.64"]["verdict"], found["test.d0.e2.64"]["obtained"]) == ("direction holds", 95)
@@ -218,17 +249,19 @@ def test_a_template_says_what_a_runs_own_error_is():
     drawn = copy.deepcopy(SMALL)
     next(t for t in drawn["toy"]["compare"] if t["experiment"] == "grid")["error"] = "of drawing the codes"
     own = grid("e1", 64, (33, 0.1))
-    assert rows(own)["test.d0.e1.64"]["bar"] == "s.e. over the 100 items of one run"
-    assert rows(own, published=drawn)["test.d0.e1.64"]["bar"] == "s.e. of drawing the codes of one run"
+    assert rows(own)["test.d0.e1.64"]["bar"] == "95 % interval over the items of one run, n = 100"
+    drawn_of = rows(own, published=drawn)["test.d0.e1.64"]["bar"]
+    assert drawn_of == "95 % interval of drawing the codes of one run, n = 100"
 
 
-def test_several_seeds_give_mean_and_their_own_error():
+def test_several_seeds_give_mean_and_their_own_interval():
     values = [-3.36, -3.38, -3.40]
     found = rows(*(record(seed=i + 1, elbo_before=(v, 9.0), elbo_after=-3.3) for i, v in enumerate(values)))
     row = found["elbo.before"]
     assert row["obtained"] == pytest.approx(-3.38)
-    assert row["se"] == pytest.approx(0.02 / math.sqrt(3))
-    assert (row["n"], row["bar"]) == (3, "s.e. over 3 seeds")
+    assert row["half"] == pytest.approx(4.302653 * 0.02 / math.sqrt(3))  # t(0.975; 2), from tables
+    assert (row["n"], row["of"], row["bar"]) == (3, "seeds", "95 % interval over 3 seeds")
+    assert row["seconds"] == 3 * 12.5
     assert row["command"].count("--seed") == 3
 
 
@@ -239,7 +272,8 @@ def test_the_full_size_and_the_newest_run_of_a_seed_count():
         record(seed=s, reduced=["steps 1 instead of 2"], elbo_before=-9.0, elbo_after=-8.0) for s in (1, 2, 3)
     ]
     row = rows(new, *short, old)["elbo.before"]
-    assert (row["obtained"], row["n"], row["size"]) == (-3.37, 100, "full")
+    assert (row["obtained"], row["n"], row["size"]) == (-3.37, 1, "full")
+    assert (row["of"], row["bar"]) == ("run", "one run, no interval") and math.isnan(row["half"])
 
 
 # ---------------------------------------------------------------------------------- mistakes
@@ -353,19 +387,19 @@ def test_tables_say_verdicts_in_words_and_escape():
     frame = scoreboard.score(
         scoreboard.flatten(published),
         [
-            record(elbo_before=(-3.371, 0.0123), elbo_after=-3.3) | {"command": "run <b>&</b>"},
+            record(elbo_before=(-3.371, 0.0123), elbo_after=(-3.3, 0.01)) | {"command": "run <b>&</b>"},
             grid("e1", 8, 41),
         ],
     )
     page = tables.scoreboard(frame)
     assert "✓ reproduced" in page
     assert "○ not run" in page
-    assert "−3.371\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.012" in page
+    assert "−3.371\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.024" in page
     assert "−84.45\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.12" in page
     assert "run &lt;b&gt;&amp;&lt;/b&gt;" in page
     assert page.count("<table") == 2
     assert page.count('scope="row"') == 2 + 3  # two numbers of bits; three plain rows
-    assert "40<br>41.0<br>" in page
+    assert "40<br>41.0<br>" in page and "One run, no interval" in page
     assert page.count("<table") == page.count("overflow-x:auto") == page.count("</table></div>")
     assert "<td>3</td>" in tables.summary(frame)
     assert scoreboard.counts(frame) == {

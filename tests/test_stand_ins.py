@@ -51,14 +51,16 @@ def test_a_stand_in_is_named_and_judges_the_order_only():
     row = found["fid.a_x.old.first"]
     assert (row["obtained"], row["by"], row["verdict"]) == (21, "CFD", "direction holds")
     assert math.isnan(row["deviation"])
-    assert row["why"] == "by CFD, which is not comparable with FID: new < old"
+    why = "by CFD, which is not comparable with FID: new < old: 5.0 ± 1.1 (one run each)"  # 1.984 sqrt(2) 0.4
+    assert row["why"] == why
     assert row["size"] == "reduced: steps 8 instead of 200; fid False instead of True"
     assert {found[f"fid.a_x.{way}.last"]["verdict"] for way in ("old", "new")} == {"direction holds"}
     assert found["fid.b_x.old.first"]["verdict"] == "not run" and found["fid.b_x.old.first"]["by"] == ""
 
 
 def test_a_stand_in_is_never_reproduced_however_close():
-    found = pictures(picture("old", 3.2227, 36.6, reduced=()), picture("new", 1.6543, 4.1, reduced=()))
+    found = pictures(picture("old", (3.2227, 0.1), (36.6, 1), reduced=()),
+                     picture("new", (1.6543, 0.1), (4.1, 1), reduced=()))
     assert {row["verdict"] for key, row in found.items() if ".a_" in key} == {"direction holds"}
     assert not any("tolerance" in row["why"] or "off by" in row["why"] for row in found.values())
     row = pictures(picture("old", 37.8, data="b", reduced=()))["fid.b_x.old.first"]
@@ -68,18 +70,20 @@ def test_a_stand_in_is_never_reproduced_however_close():
 def test_the_order_by_a_stand_in_can_fail_or_be_open():
     found = pictures(picture("old", (10, 0.1), (20, 3)), picture("new", (12, 0.1), (18, 3)))
     assert found["fid.a_x.new.first"]["verdict"] == "not reproduced"
-    assert found["fid.a_x.new.first"]["why"].endswith("FID: new < old does not hold")
+    assert found["fid.a_x.new.first"]["why"].endswith("FID: against new < old: −2.00 ± 0.28 (one run each)")
     assert found["fid.a_x.new.last"]["verdict"] == "not run"
-    assert found["fid.a_x.new.last"]["why"].endswith("is within two standard errors of no difference")
+    assert found["fid.a_x.new.last"]["why"].endswith("FID: undecided new < old: 2.0 ± 8.4 (one run each)")
     found = pictures(picture("old", 20, (20, 3), reduced=()), picture("new", 10, (18, 3), reduced=()))
     assert found["fid.a_x.new.last"]["verdict"] == "not reproduced"
 
 
 def test_the_order_by_a_stand_in_is_judged_seed_by_seed():
     values = {1: 10, 2: 20, 3: 30}
-    records = [picture(way, v + plus, 1, seed=s) for s, v in values.items() for way, plus in (("old", 1), ("new", 0))]
+    records = [picture("old", v + 0.8 + s / 10, 1, seed=s) for s, v in values.items()]
+    records += [picture("new", v, 1, seed=s) for s, v in values.items()]
     row = pictures(*records)["fid.a_x.old.first"]
-    assert (row["obtained"], row["bar"], row["verdict"]) == (21, "s.e. over 3 seeds", "direction holds")
+    assert row["obtained"] == pytest.approx(21)
+    assert (row["bar"], row["verdict"]) == ("95 % interval over 3 seeds", "direction holds")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ def test_a_stand_in_is_compared_with_its_like_only(other):
 def test_a_stand_in_without_an_instrument_is_not_compared_with_the_metric_either():
     published = copy.deepcopy(PICTURES)
     del published["toy"]["compare"][0]["stand_in"]["instrument"]
-    found = rows(picture("old", 2, 2), picture("new", 1, 1, accuracy=0.5), published=published)
+    found = rows(picture("old", (2, 0.1), 2), picture("new", (1, 0.1), 1, accuracy=0.5), published=published)
     assert found["fid.a_x.old.first"]["verdict"] == "direction holds"
     found = rows(picture("old", 2, 2), picture("new", 1, 1, fid=1), published=published)
     assert found["fid.a_x.old.first"]["verdict"] == found["fid.a_x.new.first"]["verdict"] == "not run"
@@ -111,7 +115,7 @@ def test_a_stand_in_without_an_instrument_is_not_compared_with_the_metric_either
 def test_a_measured_metric_closer_to_the_published_size_replaces_the_stand_in():
     short = [picture(way, v, v, seed=s) for way, v in (("old", 9), ("new", 1)) for s in (1, 2, 3)]
     row = pictures(*short, picture("old", 9, 9, reduced=(), fid=3.3))["fid.a_x.old.first"]
-    assert (row["obtained"], row["by"], row["n"], row["verdict"]) == (3.3, "", 10, "reproduced")
+    assert (row["obtained"], row["by"], row["n"], row["verdict"]) == (3.3, "", 1, "reproduced")
     row = pictures(*short, picture("old", 8, 8, reduced=["a", "b", "c"], fid=3.3))["fid.a_x.old.first"]
     assert (row["obtained"], row["by"], row["verdict"]) == (9, "CFD", "direction holds")
 
@@ -147,20 +151,22 @@ def test_the_books_rows_take_one_setting_of_symmetric_learning(dataset, short):
     frame = scoreboard.score(scoreboard.flatten(scoreboard.load()), found)
     taken = frame[frame["by"] == "CFD"]
     assert set(taken["key"]) == {f"fid.{short}_ladder.elbo.{code}" for code in ("random_code", "limiting")}
-    assert set(taken["runs"]) == {("0/results.json",)}
+    assert set(taken["runs"]) == {("0",)}
 
 
 def test_a_table_says_what_stands_in_and_that_it_is_reduced():
     """One table of both templates: a line for each path, a column for each way; other quantities with their unit."""
-    records = [picture("old", (21.04, 0.123), 41), picture("new", (16.04, 0.4), 11), picture("new", 9, data="b")]
+    records = [picture("old", (21.04, 0.123), (41, 1)), picture("new", (16.04, 0.4), (11, 1))]
+    records.append(picture("new", 9, data="b"))
     page = tables.scoreboard(scoreboard.score(scoreboard.flatten(PICTURES), records))
     assert page.count("<table") == 1
     assert re.findall(r'scope="row">([^<]*)<', page) == ["a x / first", "a x / last", "b x / first"]
     assert re.findall(r'scope="col">([^/]*)</th', page) == ["", "way old", "way new"]
-    space, note = "\N{NO-BREAK SPACE}", '<small style="font-weight:normal">reduced</small>'
-    assert f"<td>3.2227<br>CFD{space}21.04{space}±{space}0.12 {note}<br>↗ direction holds</td>" in page
-    assert f"<td>1.6543<br>CFD{space}16.04{space}±{space}0.40 {note}<br>↗ direction holds</td>" in page
-    assert f"<td>36.6000<br>CFD{space}41.00 {note}<br>↗ direction holds</td>" in page
+    space, note = "\N{NO-BREAK SPACE}", '<small style="font-weight:normal">n=100 items, reduced</small>'
+    assert f"<td>3.2227<br>CFD 21.04{space}±{space}0.24 {note}<br>↗ direction holds</td>" in page
+    assert f"<td>1.6543<br>CFD 16.04{space}±{space}0.79 {note}<br>↗ direction holds</td>" in page
+    assert f"<td>36.6000<br>CFD 41.0{space}±{space}2.0 {note}<br>↗ direction holds</td>" in page
+    assert "<td>43.6<br>CFD 9.00 <small style" in page and "n=1 run, reduced" in page
     assert "<td>37.8<br>–<br>○ not run</td>" in page
     assert not re.search(r">(21|16|41|9)\.\d", page)  # never a bare number in the column of another quantity
     assert "FID: published (report), obtained, verdict; tolerance 10%. CFD stands in where no FID was measured" in page
@@ -176,5 +182,5 @@ def test_a_plain_row_names_the_stand_in_too():
     for template in published["toy"]["compare"]:
         del template["pivot"]
     page = tables.scoreboard(scoreboard.score(scoreboard.flatten(published), [picture("old", (21.04, 0.123), 41)]))
-    assert "<td>CFD\N{NO-BREAK SPACE}21.04\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.12<br>" in page
+    assert "<td>CFD 21.04\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.24<br>" in page
     assert "<td>reduced: steps 8 instead of 200; fid False instead of True</td>" in page

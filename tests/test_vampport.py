@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 from torch import nn
+from toy import toy_record
 
 import lib
 from lib import classifier, data, launch, runs, train, vampport, vampprior
@@ -281,8 +282,8 @@ def test_a_grid_search_is_a_table_of_its_complete_runs_and_of_what_differs_betwe
 
     def record(name, value, key="lr", **changed):
         metrics = {metric: {"value": value, "se": 0.5, "n": 9, "unit": "nats"} for metric in vampport.METRICS}
-        return {**dict.fromkeys(runs.NEEDED, ""), "schema": 1, "experiment": "vampprior", "run": name, "reduced": [],
-                "parameters": PARAMETERS | {"gs_key": key} | changed, "metrics": metrics}
+        return toy_record(experiment="vampprior", run=name, metrics=metrics,
+                          parameters=PARAMETERS | {"gs_key": key} | changed)
 
     def write(found, file="results.json"):
         folder = tmp_path / "runs" / "vampprior" / found["run"]
@@ -297,8 +298,8 @@ def test_a_grid_search_is_a_table_of_its_complete_runs_and_of_what_differs_betwe
     table = vampport.grid_search("lr", saved)
     assert list(table.columns) == ["lr", "latent_dim", "seeds", "elbo_val", "elbo_train", "kl_val"]
     rows = {row.lr: (row.latent_dim, row.seeds, row.elbo_val) for row in table.itertuples()}
-    assert rows == {"0.001": ("2", 1, "-100.00 ± 0.50"), "0.1": ("2", 2, "-115.0 ± 5.0"),
-                    "0.5": ("4", 2, "-130.0000")}
+    assert rows == {"0.001": ("2", 1, "−100.0 ± 1.2 (n=9 items)"), "0.1": ("2", 2, "−115 ± 64"),
+                    "0.5": ("4", 2, "−130.0000")}
     assert list(vampport.grid_search("new", [record("own", -1.0, key="new")]).columns)[0] == "seeds"
 
 
