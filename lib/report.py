@@ -90,8 +90,7 @@ def notebooks() -> list[Path]:
             for value in entry:
                 yield from files(value)
         elif isinstance(entry, dict):
-            if "file" in entry:
-                yield entry["file"]
+            yield from (entry[key] for key in ("root", "file") if key in entry)
             yield from files(list(entry.values()))
 
     names = files(yaml.safe_load((root() / "_toc.yml").read_text()))
