@@ -112,7 +112,7 @@ def _mean(line: Line) -> str:
     digits = 4
     if line.interval.half is None and line.interval.mean:
         digits = max(0, 2 - math.floor(math.log10(abs(line.interval.mean))))
-    return runs.mean_text(line.interval, digits)
+    return line.interval.text(digits)
 
 
 def _n(line: Line, compared: bool) -> str:

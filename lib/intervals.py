@@ -33,6 +33,12 @@ class Interval:
         """The mean in standard deviations: Cohen's d_z of paired differences. None if they do not vary."""
         return self.mean / self.deviation if self.deviation else None
 
+    def text(self, digits: int = 4) -> str:
+        """"m ± h" to the second digit of the half-width; without one, or one of 0, the mean to `digits` decimals."""
+        if self.half:
+            digits = max(0, min(9, 1 - math.floor(math.log10(self.half))))
+        return f"{self.mean:.{digits}f}".replace("-", "−") + (f" ± {self.half:.{digits}f}" if self.half else "")
+
 
 def quantile(n: int) -> float:
     """From a standard error to a half-width, for n values: t of n - 1 degrees of freedom. ValueError: n < 2."""
@@ -54,6 +60,11 @@ def of_values(values: Sequence[float]) -> Interval:
 def of_error(value: float, se: float | None, n: int) -> Interval:
     """The interval of a mean over n items whose standard error is known; None where there is no error."""
     return Interval(value, None if se is None or n < 2 else quantile(n) * se, n)
+
+
+def of_metric(metric: dict) -> Interval:
+    """The interval of one run's metric {"value", "se", "n", "unit"} over its n items."""
+    return of_error(metric["value"], metric["se"], metric["n"])
 
 
 def of_pairs(first: dict, second: dict) -> Interval | None:

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
-from lib import root, runs
+from lib import intervals, root, runs
 
 STYLE = """
 .runs details.run {border-bottom: 1px solid var(--pst-color-border, #ccc); padding: .2rem 0; scroll-margin-top: 5rem}
@@ -86,7 +86,7 @@ def run(record: dict, known: set[str] = frozenset()) -> str:
     summary = ", ".join([f"seed {record['seed']}", size, duration(runs.seconds(record)), record["date"][:10]])
     facts = "".join(f"<dt>{name}<dd>{text}" for name, text in _facts(record, known).items() if text)
     lines = "".join(
-        f"<tr><td>{escape(name)}<td>{escape(runs.mean_text(runs.interval_of(metric)))}<td>{metric['n']:,}"
+        f"<tr><td>{escape(name)}<td>{escape(intervals.of_metric(metric).text())}<td>{metric['n']:,}"
         f"<td>{escape(metric['unit'])}" for name, metric in record["metrics"].items())
     return (f'<details class="run" id="{escape(anchor(record["path"]))}"><summary>{escape(record["run"])} '
             f"<small>{escape(summary)}</small></summary><dl>{facts}</dl>"

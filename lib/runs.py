@@ -9,16 +9,12 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shlex
-import subprocess
 import sys
 import time
 import tokenize
@@ -28,13 +24,12 @@ from pathlib import Path
 import yaml
 
 from lib import BookError, intervals, root, write_atomic
-from lib.intervals import Interval
+from lib.provenance import device_info, git_state, peak_memory_mb, versions
 
 SCHEMA = 1
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
 HOUSEKEEPING = ("resume", "device", "replicas", "query", "document")    # from what, where, beside what a run ran, and
                                                   # what was looked at in it: not part of its name
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas", "papermill")
 
 
 class RunError(BookError):
@@ -324,51 +319,6 @@ def _glue(values: dict) -> None:
         glue(name, float(value), display=False)
 
 
-# ------------------------------------------------------------------------------------------------ provenance
-def git_state() -> dict:
-    """{"commit": hash or "unknown", "dirty": a tracked file differs, or lib, notebooks, benchmarks hold a new one}."""
-    def git(*words):
-        found = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True, check=True)
-        return found.stdout.strip()
-    try:
-        changed = git("status", "--porcelain", "-uno") or git("status", "--porcelain", "lib", "notebooks", "benchmarks")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": "unknown", "dirty": True}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and the packages that matter, and CUDA's."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
-
-
-def device_info(name: str = "auto") -> dict:
-    """{"kind": cpu | cuda, "name", "threads"} of the device that `name` leads to."""
-    import torch
-    if name != "cpu" and torch.cuda.is_available():
-        return {"kind": "cuda", "name": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    models += [platform.processor(), platform.machine()]
-    return {"kind": "cpu", "name": next(filter(None, models), "unknown"), "threads": torch.get_num_threads()}
-
-
-def peak_memory_mb() -> float:
-    """Peak of this process: GPU memory if CUDA was used, else resident memory, in MB."""
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-
-
 # ------------------------------------------------------------------------------------------------ many runs
 def from_json(path: Path):
     """A JSON file's content. RunError if it is missing or not JSON (a NaN is none)."""
@@ -431,32 +381,19 @@ def table(found: list[dict], metrics: list[str], by: list[str]):
 def metrics_table(metrics: dict[str, dict]):
     """One run's metrics as a pandas DataFrame: metric, mean ± half-width of its 95 % interval over n items, n, unit."""
     import pandas as pd
-    lines = [(name, mean_text(interval_of(metric)), metric["n"], metric["unit"]) for name, metric in metrics.items()]
+    lines = [(name, intervals.of_metric(own).text(), own["n"], own["unit"]) for name, own in metrics.items()]
     return pd.DataFrame(lines, columns=["metric", "value", "n", "unit"]).set_index("metric")
-
-
-def interval_of(metric: dict) -> Interval:
-    """The interval of one run's metric {"value", "se", "n", "unit"} over its n items."""
-    return intervals.of_error(metric["value"], metric["se"], metric["n"])
-
-
-def mean_text(interval: Interval, digits: int = 4) -> str:
-    """"m ± h" to the second digit of the half-width; without one, or one of 0, the mean to `digits` decimals."""
-    half = interval.half
-    if half:
-        digits = max(0, min(9, 1 - math.floor(math.log10(half))))
-    return f"{interval.mean:.{digits}f}".replace("-", "−") + (f" ± {half:.{digits}f}" if half else "")
 
 
 def _cell(values: list[dict], seeds: int) -> str:
     """One metric of the runs of a setting with so many seeds."""
     if len(values) > 1:
         few = f" (n={len(values)})" if len(values) < seeds else ""
-        return mean_text(intervals.of_values([metric["value"] for metric in values])) + few
+        return intervals.of_values([metric["value"] for metric in values]).text() + few
     if not values:
         return "–"
-    own = interval_of(values[0])
-    return mean_text(own) + (f" (n={own.n} items)" if own.half else "")
+    own = intervals.of_metric(values[0])
+    return own.text() + (f" (n={own.n} items)" if own.half else "")
 
 
 def seconds(record: dict) -> float:

@@ -265,7 +265,7 @@ def _interval(row: dict, metrics: list[dict]) -> tuple[Interval, str, str]:
     if len(metrics) > 1:
         over = intervals.of_values([metric["value"] for metric in metrics])
         return over, "seeds", f"95 % interval over {over.n} seeds"
-    own = runs.interval_of(metrics[0])
+    own = intervals.of_metric(metrics[0])
     if own.half is None:
         return Interval(own.mean, None, 1), "run", "one run, no interval"
     return own, "items", f"95 % interval {row['error'] or 'over the items'} of one run, n = {own.n:,}"
@@ -376,7 +376,7 @@ def _orders(row: dict, by_key: dict) -> tuple[list, list, list]:
             continue
         difference, how = _difference(high, low)
         found = holds if difference.low > 0 else fails if difference.high < 0 else open_
-        found.append((f"{words}: {runs.mean_text(difference)}", how))
+        found.append((f"{words}: {difference.text()}", how))
     return holds, fails, open_
 
 

@@ -8,7 +8,6 @@ from html import escape
 
 import pandas as pd
 
-from lib import runs
 from lib.intervals import Interval
 from lib.scoreboard import PATH, VERDICTS, counts
 
@@ -121,7 +120,7 @@ def obtained(row: dict) -> str:
         return "–"
     half = None if pd.isna(row["half"]) else row["half"]
     digits = 2 if row["by"] else min(row["decimals"] + 1, 4)
-    return f"{escape(row['by'])} {_unbroken(runs.mean_text(Interval(row['obtained'], half, row['n']), digits))}".strip()
+    return f"{escape(row['by'])} {_unbroken(Interval(row['obtained'], half, row['n']).text(digits))}".strip()
 
 
 def counted(row: dict) -> str:

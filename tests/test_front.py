@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from test_scoreboard import SMALL, grid, record
 
-from lib import front, recorded, root, runs, scoreboard
+from lib import front, intervals, recorded, root, runs, scoreboard
 
 HOSTILE = '<script>alert("&")</script>'
 
@@ -165,7 +165,7 @@ def test_a_recorded_run_says_how_it_was_made_and_all_that_it_measured(book):
         cells = {row[0]: row[1:] for row in Reader(page).rows[1:]}
         assert set(cells) == set(record["metrics"])
         for name, metric in record["metrics"].items():
-            assert cells[name] == [runs.mean_text(runs.interval_of(metric)), f"{metric['n']:,}", metric["unit"]]
+            assert cells[name] == [intervals.of_metric(metric).text(), f"{metric['n']:,}", metric["unit"]]
     assert 'href="#celeba-gan--narrow"' in page and page.count("steps ") > 2
     assert 'href="#celeba-gan' not in recorded.run(record)                   # an earlier run that is not recorded
 

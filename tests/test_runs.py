@@ -17,7 +17,7 @@ from nbformat import v4
 from toy import toy_record
 
 import lib
-from lib import evaluate, integrity, runs
+from lib import evaluate, integrity, provenance, runs
 from lib.__main__ import _parser
 
 CELL = '''steps: int = 300  # gradient steps
@@ -53,7 +53,8 @@ def house(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     notebook(tmp_path / "notebooks" / "toy.ipynb", CELL)
     (tmp_path / "notebooks" / "presets.yml").write_text(PRESETS)
-    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    for module in (runs, provenance):
+        monkeypatch.setattr(module, "root", lambda: tmp_path)
     return tmp_path
 
 
