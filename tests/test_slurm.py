@@ -109,7 +109,7 @@ class Rehearsal:
             time.sleep(0.2)
 
     def kill_the_node(self, slurm: Path) -> int:
-        """Slurm's daemon on the node and everything under it at once, as a crash does; returns in how many jobs a kernel died."""
+        """End Slurm's daemon on the node and everything under it, as a crash does; returns how many kernels died."""
         jobs, steps = {kernel.environ()["SLURM_JOB_ID"] for kernel in self.running()}, []
         daemon = psutil.Process(int((slurm / "slurmd.pid").read_text()))
         for process in psutil.process_iter(["name"]):
