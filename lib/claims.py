@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from lib import BookError, pairs, root
+from lib import BookError, intervals, pairs, root
 
 VERDICTS = ("supported", "contradicted", "undecided", "not run")
 REQUIRED = ("id", "name", "work", "claim", "claimed", "test")
@@ -150,11 +150,9 @@ def decide(line: pairs.Line, sign: int) -> tuple[str, str]:
 
 
 def standardised(line: pairs.Line, sign: int) -> tuple[float, float, float] | None:
-    """(low, Cohen's d_z, high): the interval in standard deviations of the differences, claimed side positive."""
-    if line.interval.effect is None:
-        return None
-    low, high = sorted(sign * end / line.interval.deviation for end in (line.interval.low, line.interval.high))
-    return low, sign * line.interval.effect, high
+    """(low, Cohen's d_z, high), the claimed side positive; see `intervals.of_effect`."""
+    effect = intervals.of_effect(line.interval)
+    return tuple(sign * end for end in effect[::sign]) if effect else None
 
 
 def counts(rows: list[dict]) -> dict[str, int]:

@@ -119,7 +119,8 @@ def _n(line: Line, compared: bool) -> str:
     """What the number rests on."""
     one = "pair" if compared else "run"
     if line.pairs == 1:
-        return f"one {one}, " + (f"± over {line.interval.n:,} items" if line.of == "items" else "no error known")
+        own = f"± of the runs' own errors (n={line.interval.n:,})"
+        return f"one {one}, {own if line.of == 'items' else 'no error known'}"
     more = f" ({line.pairs} {one}s)" if line.pairs != line.interval.n else ""
     low, high = (f"{end:.3g}".replace("-", "−") for end in (min(line.values), max(line.values)))
     return f"n = {line.interval.n} {line.of}{more}" + (f", {low} to {high}" if line.of == "settings" else "")

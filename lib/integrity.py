@@ -7,6 +7,7 @@ book/smoke/SHA256SUMS for every file there; `sha256sum -c SHA256SUMS` in these f
 import contextlib
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -75,6 +76,11 @@ def check(folder: Path, part: str = "") -> None:
     raise runs.RunError(said)
 
 
+def digest(folder: Path | None = None) -> str:
+    """Twelve digits that tell one state of the recorded files from another, by default of book/results."""
+    return _digest((folder or results()) / SUMS)[:12]
+
+
 def lines(folder: Path) -> dict[str, str]:
     """What the folder's SHA256SUMS says: file -> sha256. RunError if a line is not `<sha256>  <file>`."""
     try:
@@ -121,8 +127,8 @@ def _renew(folder: Path, part: str) -> None:
 def _files(folder: Path, part: str) -> list[str]:
     """Every file below folder/part, relative to the folder; hidden ones (half-written, an editor's) do not count."""
     top = folder / part
-    paths = [top] if top.is_file() else top.rglob("*")
-    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    paths = [top] if top.is_file() else glob.iglob("**", root_dir=top, recursive=True)         # also through links
+    names = [path.relative_to(folder).as_posix() for path in (top / path for path in paths) if path.is_file()]
     return [name for name in names if name != SUMS and not any(word.startswith(".") for word in name.split("/"))]
 
 

@@ -62,6 +62,26 @@ def of_error(value: float, se: float | None, n: int) -> Interval:
     return Interval(value, None if se is None or n < 2 else quantile(n) * se, n)
 
 
+def of_effect(interval: Interval) -> tuple[float, float, float] | None:
+    """(low, d, high): the mean in standard deviations, Cohen's d_z of paired differences, with its own 95 % interval.
+
+    The interval inverts the noncentral t distribution of d * sqrt(n) (Steiger and Fouladi 1997). None if d is.
+    """
+    if interval.effect is None:
+        return None
+    import numpy as np
+    from scipy.optimize import brentq
+    from scipy.special import gammaincinv, ndtr
+    freedom, root_n = interval.n - 1, math.sqrt(interval.n)
+    spread = np.sqrt(2 * gammaincinv(freedom / 2, (np.arange(4000) + 0.5) / 4000) / freedom)    # of s / sigma
+    scaled = interval.effect * root_n * spread
+
+    def end(probability):                              # scipy.stats.nct is NaN far from its centre
+        return brentq(lambda centre: ndtr(scaled - centre).mean() - probability,
+                      scaled.min() - 9, scaled.max() + 9) / root_n
+    return end(0.5 + LEVEL / 2), interval.effect, end(0.5 - LEVEL / 2)
+
+
 def of_metric(metric: dict) -> Interval:
     """The interval of one run's metric {"value", "se", "n", "unit"} over its n items."""
     return of_error(metric["value"], metric["se"], metric["n"])

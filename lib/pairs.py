@@ -114,7 +114,7 @@ def _sides(test: dict) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ its lines
 def measure(test: dict, records: list[dict]) -> list[Line]:
     """What the records (parsed results.json files) say of a test: the sizes with several pairs first, of these the one
-    with the fewest reductions, of these the one with the most pairs. [] if nothing was run.
+    closest to the published (runs.shortfall), of these the one with the most pairs. [] if nothing was run.
 
     Raises PairsError: two sides in other units, a metric that only some of the runs have, or no such series.
     """
@@ -130,7 +130,8 @@ def measure(test: dict, records: list[dict]) -> list[Line]:
                 line, cell = _keys(test, record)
                 lines[line][cell][side] = record
     found = [_line(test, key, cells, stands_in) for key, cells in lines.items()]
-    found = sorted((line for line in found if line), key=lambda line: (line.pairs < 2, len(line.size), -line.pairs))
+    found = sorted((line for line in found if line),
+                   key=lambda line: (line.pairs < 2, *runs.shortfall(line.size), -line.pairs))
     return _told_apart(found)
 
 
@@ -165,7 +166,8 @@ def _keys(test: dict, record: dict) -> tuple[tuple, tuple]:
     varied, own = {*test.get("between", {}), *test.get("over", []), *test.get("apart", [])}, record["parameters"]
     apart = {"seed", record.get("started_from"), *runs.HOUSEKEEPING, *varied}
     setting = {name: value for name, value in own.items() if name not in apart}
-    size = tuple(text for text in record["reduced"] if text.partition(" ")[0] not in varied)
+    asked = {*varied, *(name for name in test.get("where", {}) if name in own)}         # no reductions of this test
+    size = tuple(text for text in record["reduced"] if text.partition(" ")[0] not in asked)
     if name := test.get("instrument"):
         setting[name] = _metric(record, name)["value"]
     over = {name: own.get(name) for name in test.get("over", [])}

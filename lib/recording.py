@@ -46,6 +46,9 @@ def _checked(source: Path, pictures: bool) -> tuple[tuple[Path, str], dict]:
             if isinstance(value, str) and Path(value).is_absolute():
                 raise runs.RunError(f"{source} names a folder of this machine ({name} of {one['experiment']}): give it "
                                     "from the checkout's top, then record")
+    if hidden := set(runs.reduced(found["experiment"], found["parameters"])) - set(found["reduced"]):
+        raise runs.RunError(f"{source} does not say that it is reduced ({', '.join(sorted(hidden))}): the preset "
+                            "`paper` has changed since, or the record; run it with --again first")
     _check_notebook(source)
     smoke = not found["preset"] and found["run"] == "default"
     found["figures"] = found["figures"] if pictures and not smoke else []

@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 import tokenize
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,7 +160,16 @@ def reduced(experiment: str, values: dict) -> list[str]:
     """What differs from the `paper` preset, e.g. ["steps 300 instead of 10000"]; [] is the published size."""
     paper = presets(experiment).get("paper", {})
     return [f"{name} {values[name]} instead of {full}" for name, full in paper.items()
-            if values[name] != full and name not in HOUSEKEEPING]
+            if name in values and values[name] != full and name not in HOUSEKEEPING]
+
+
+def shortfall(reductions: Sequence[str]) -> tuple[int, float]:
+    """How far reductions ("steps 300 instead of 10000") are from the published size, to be sorted by: how many there
+    are, then the sum of |log(had / published)| of those that are ratios.
+    """
+    ratios = (re.fullmatch(r".* (\d\S*) instead of (\d\S*)", text.replace(",", "")) for text in reductions)
+    sizes = [tuple(map(float, match.groups())) for match in ratios if match]
+    return len(reductions), sum(abs(math.log(had / full)) for had, full in sizes if had > 0 and full > 0)
 
 
 def name_of(experiment: str, preset: str, values: dict) -> str:
@@ -349,7 +359,8 @@ def records(experiment: str | None = None, folder: Path | None = None) -> list[d
     if folder is None:
         folder = integrity.results()
         integrity.check(folder, experiment or "")
-    paths = sorted(folder.glob(f"{experiment or '*'}/*/results.json"))
+    paths = sorted(path for path in folder.glob(f"{experiment or '*'}/*/results.json")
+                   if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     return [read(path) | {"path": str(path.parent.relative_to(folder))} for path in paths]
 
 

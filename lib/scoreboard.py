@@ -23,7 +23,7 @@ import yaml
 
 from lib import BookError, intervals, root, runs
 from lib.intervals import Interval
-from lib.runs import HOUSEKEEPING
+from lib.runs import HOUSEKEEPING, shortfall
 
 VERDICTS = ("reproduced", "direction holds", "not reproduced", "not run")
 SECTION = ("title", "work", "source")
@@ -229,12 +229,13 @@ def _measure(row: dict, records: list[dict]) -> dict:
     """What the matching records say: of those closest to the published size, the newest one of each seed."""
     sizes = defaultdict(list)
     for record in sorted((r for r in records if _matches(row, r)), key=lambda r: r.get("date", "")):
-        sizes[tuple(record["reduced"])].append(record)
+        asked = {name for name in row["where"] if name in record["parameters"]}       # is no reduction of this row
+        sizes[tuple(text for text in record["reduced"] if text.partition(" ")[0] not in asked)].append(record)
     if not sizes:
         return {"obtained": None, "by": "", "instrument": None, "half": None, "bar": "", "n": 0, "of": "", "seeds": {},
                 "deviation": None, "size": "", "seconds": None, "command": "", "device": "", "runs": (), "at": {}}
     at = {_size(reduced): _measured(row, found) for reduced, found in sizes.items()}
-    reduced, _ = min(sizes.items(), key=lambda item: (len(item[0]), -len(item[1])))
+    reduced = min(sizes, key=lambda reduced: (*shortfall(reduced), -len(sizes[reduced])))
     return at[_size(reduced)] | {"size": _size(reduced), "at": at}
 
 

@@ -5,13 +5,13 @@
     python -m lib verify --seeds 4        # on another machine: a run that differs is judged by four more seeds
 
 With the machine and the versions of the record the same seed gives the same digits: "equal". With others sums are
-rounded in another order, and training amplifies that until it is as good as another draw. So the tolerance of a metric
-with a standard error is 3 standard errors of the difference, as if the two runs were independent: what the book's own
-intervals would not tell from chance. A metric without one may differ by 10 % of the recorded value; n and unit may not
-differ; times are not compared. These errors are over the items of one run. Short training, of a GAN most, scatters more
-than that from seed to seed: --seeds trains further seeds here, and a metric may then also differ by what two seeds do,
-the 95 % quantile (Student's t) times their deviation times the square root of 2. A run within tolerance passes; one
-that DIFFERS or FAILED makes the exit code 1.
+rounded in another order, and training amplifies that until it is as good as another draw. So the tolerance of a
+metric with a standard error is 3 standard errors of the difference, as if the two runs were independent and each had
+the recorded error: what the book's own intervals would not tell from chance. A metric without one may differ by 10 %
+of the recorded value; n and unit may not differ; times are not compared. These errors are over the items of one run.
+Short training, of a GAN most, scatters more than that from seed to seed: --seeds trains further seeds here, and a
+metric may then also differ by what two seeds do, the 95 % quantile (Student's t) times their deviation times the
+square root of 2. A run within tolerance passes; one that DIFFERS or FAILED makes the exit code 1.
 """
 import math
 from statistics import stdev
@@ -92,8 +92,8 @@ def _values(then: dict) -> tuple[dict, list[str]]:
 
 def tolerance(name: str, then: dict, now: dict, others=()) -> float:
     """By how much a metric may differ in two runs' metrics; others: those of other seeds; see the module."""
-    one, two = then[name], now[name]
-    fixed = ERRORS * math.hypot(one["se"], two["se"]) if one["se"] and two["se"] else RELATIVE * abs(one["value"])
+    one = then[name]
+    fixed = ERRORS * math.sqrt(2) * one["se"] if one["se"] else RELATIVE * abs(one["value"])
     values = [other[name]["value"] for other in (now, *others) if name in other]
     return max(fixed, intervals.quantile(len(values)) * math.sqrt(2) * stdev(values)) if len(values) > 1 else fixed
 
@@ -114,6 +114,8 @@ def compared(then: dict[str, dict], now: dict[str, dict], others=()) -> tuple[bo
         elif other := [f"{key} {then[name][key]!r}, now {now[name][key]!r}" for key in ("n", "unit")
                        if then[name][key] != now[name][key]]:
             wrong.append(f"{name} has {' and '.join(other)}")
+        elif (then[name]["se"] is None) != (now[name]["se"] is None):
+            wrong.append(f"{name} has se {then[name]['se']!r}, now {now[name]['se']!r}")
         elif (apart := abs(now[name]["value"] - then[name]["value"])) or then[name]["se"] != now[name]["se"]:
             allowed = tolerance(name, then, now, others)
             fractions[name] = apart / allowed if allowed else math.inf if apart else 0.0

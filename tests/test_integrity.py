@@ -17,6 +17,8 @@ from lib.__main__ import main
 def house(tmp_path, monkeypatch):
     """A checkout with two recorded runs of a toy, one with a picture, and a benchmark."""
     monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "presets.yml").write_text("toy: {paper: {steps: 10}}")
     for name, figures in (("paper", ["latent.png"]), ("paper-seed=2", [])):
         folder = tmp_path / "book" / "results" / "toy" / name
         folder.mkdir(parents=True)
@@ -132,6 +134,13 @@ def unlisted(folder):
     (folder / "toy" / "new" / "results.json").write_text(runs.as_text(toy_record(run="new")))
 
 
+def linked(folder):
+    new = folder.parent / "elsewhere"
+    new.mkdir()
+    (new / "results.json").write_text(runs.as_text(toy_record(run="new")))
+    (folder / "toy" / "new").symlink_to(new)
+
+
 def tampered_benchmark(folder):
     (folder / "benchmarks" / "cpu-toy.json").write_text('{"ratio": 100}')
 
@@ -139,14 +148,15 @@ def tampered_benchmark(folder):
 @pytest.mark.parametrize(("change", "file", "said"), [
     (tampered, "toy/paper/results.json", "differs from its line"), (other_picture, "toy/paper/latent.png", "differs"),
     (truncated, "toy/paper/results.json", "differs"), (no_picture, "toy/paper/latent.png", "is missing, but has"),
-    (unlisted, "toy/new/results.json", "has no line"), (tampered_benchmark, "benchmarks/cpu-toy.json", "differs")])
+    (unlisted, "toy/new/results.json", "has no line"), (linked, "toy/new/results.json", "has no line"),
+    (tampered_benchmark, "benchmarks/cpu-toy.json", "differs")])
 def test_what_was_not_recorded_is_refused(house, change, file, said):
     assert sha256sum(integrity.results()) == 0
     change(integrity.results())
     for experiment in (None, file.partition("/")[0]):
         found = complaint(runs.records, experiment)
         assert found.startswith(f"book/results/{file} ") and said in found and "`" in found, found
-    assert sha256sum(integrity.results()) == (0 if change is unlisted else 1)
+    assert sha256sum(integrity.results()) == (0 if change in (unlisted, linked) else 1)
     if "toy" in file.partition("/")[0]:
         runs.records("benchmarks")                                      # of another experiment, so no matter
 
@@ -156,6 +166,14 @@ def test_several_changes_are_counted_and_another_folder_has_no_checksums(house):
     no_picture(integrity.results())
     assert "latent.png is missing, but has a line in book/results/SHA256SUMS (and 1 more): " in complaint(runs.records)
     assert len(runs.records(folder=integrity.results())) == 2
+
+
+def test_a_hidden_folder_is_no_record(house):
+    for hidden in (".evil/toy", "toy/.evil"):
+        folder = integrity.results() / hidden
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(runs.as_text(toy_record(run="evil")))
+    assert [record["run"] for record in runs.records()] == ["paper", "paper-seed=2"]
 
 
 @pytest.mark.parametrize("text", ["no sum\n", "<<<<<<< ours\n", "a" * 64 + " one-space\n"])
@@ -270,6 +288,13 @@ def test_nothing_is_recorded_unless_all_can_be(house, done):
     done("again", run="a")
     twice = complaint(recording.record, [f"{house}/runs/toy/a", f"{house}/runs/toy/again"])
     assert twice == f"{house}/runs/toy/again and {house}/runs/toy/a are both toy/a"
+
+
+def test_a_run_that_hides_what_is_smaller_is_not_recorded(house, done):
+    own = {"seed": 2, "steps": 5}
+    assert complaint(recording.record, [str(done("small", parameters=own))]).startswith(
+        f"{house}/runs/toy/small does not say that it is reduced (steps 5 instead of 10): ")
+    assert recording.record([str(done("honest", parameters=own, reduced=["steps 5 instead of 10"]))])
 
 
 def test_a_run_recorded_without_its_pictures_loses_the_old_ones(house, done):

@@ -42,3 +42,19 @@ def test_pairs_are_compared_where_both_sides_are():
 def test_an_interval_of_one_value_is_refused():
     with pytest.raises(ValueError, match="two values"):
         intervals.quantile(1)
+
+
+@pytest.mark.parametrize("values", [[4.9, 4.8, 5.0], [0.1, -0.1, 0.3], [-3.0, -1.0], [1.0, 2.0, 4.0, 3.0, 1.5]])
+def test_an_effect_size_has_the_interval_of_the_noncentral_t(values):
+    low, d, high = intervals.of_effect(intervals.of_values(values))
+    n, t = len(values), scipy.stats.ttest_1samp(values, 0).statistic
+    assert d == pytest.approx(t / math.sqrt(n)) and low < d < high
+    for end, probability in ((low, 0.975), (high, 0.025)):
+        known = scipy.stats.nct.cdf(t, n - 1, end * math.sqrt(n))
+        assert math.isnan(known) or known == pytest.approx(probability, abs=2e-3)
+
+
+def test_an_effect_of_the_other_sign_is_its_mirror_image_and_none_without_scatter():
+    low, d, high = intervals.of_effect(intervals.of_values(VALUES))
+    assert intervals.of_effect(intervals.of_values([-v for v in VALUES])) == pytest.approx((-high, -d, -low))
+    assert intervals.of_effect(intervals.of_values([1.0])) is None

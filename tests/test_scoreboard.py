@@ -408,3 +408,15 @@ def test_tables_say_verdicts_in_words_and_escape():
         "not reproduced": 0,
         "not run": 4,
     }
+
+
+def test_what_a_row_asks_for_is_no_reduction_of_it_and_the_closest_size_is_shown():
+    assert runs.shortfall(["steps 100 instead of 1000"]) < runs.shortfall(["steps 10 instead of 1000"])
+    assert runs.shortfall([]) < runs.shortfall(["dataset a instead of b"]) < runs.shortfall(["a 1 instead of 2", "b"])
+    own = ["encoder e1 instead of e2", "bits 8 instead of 64"]
+    assert rows(grid("e1", 8, 40.0, reduced=own))["test.d0.e1.8"]["verdict"] == "reproduced"
+    sizes = [grid("e1", 8, value, reduced=[f"steps {steps} instead of 1,000"], seed=steps // 10)
+             for steps, value in ((10, 50.0), (90, 45.0))]
+    for order in (sizes, sizes[::-1]):
+        row = rows(*order)["test.d0.e1.8"]
+        assert (row["obtained"], row["size"]) == (45.0, "reduced: steps 90 instead of 1,000")

@@ -121,7 +121,15 @@ def test_a_metric_with_an_error_may_differ_by_three_errors_of_the_difference(rec
 def test_a_metric_without_an_error_may_differ_by_a_tenth(before, now, passed):
     plain = SCORE | {"se": None}
     assert verify.compared({"a": plain | {"value": before}}, {"a": plain | {"value": now}})[0] is passed
-    assert verify.compared({"a": SCORE | {"se": 0.0, "value": before}}, {"a": plain | {"value": now}})[0] is passed
+    exact = SCORE | {"se": 0.0}
+    assert verify.compared({"a": exact | {"value": before}}, {"a": exact | {"value": now}})[0] is passed
+
+
+def test_an_error_that_grows_does_not_widen_the_tolerance():
+    before = SCORE | {"value": -82.0, "se": 0.01}
+    assert not verify.compared({"a": before}, {"a": SCORE | {"value": -150.0, "se": 50.0}})[0]
+    assert verify.compared({"a": before}, {"a": SCORE | {"value": -82.0, "se": None}}) == (
+        False, "DIFFERS in 1 of 1 metrics: a has se 0.01, now None")
 
 
 def test_the_worst_metrics_are_named_and_the_others_counted():
