@@ -43,10 +43,10 @@ release: setup  ## check that a fresh clone of HEAD gives the committed tables
 lab: setup  ## JupyterLab on this machine, behind its token
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root)
 
-sweep: setup $(if $(DRY),,$(if $(NAME),$(WORKFLOW)))  ## many runs: NAME=gmm [PRESET=smoke SEEDS= PROFILE= CORES= GPUS= AGAIN=1 DRY=1]
-	@$(PY) -m lib sweep $(or $(NAME),--list) --preset $(or $(PRESET),smoke) --profile $(or $(PROFILE),local) \
-	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CORES),--cores $(CORES)) $(if $(GPUS),--gpus $(GPUS)) \
-	  $(if $(AGAIN),--again) $(if $(DRY),--dry-run)
+sweep: setup $(if $(filter-out 0,$(DRY)),,$(if $(NAME),$(WORKFLOW)))  ## many runs: NAME=gmm [PRESET=smoke SEEDS= PROFILE= CORES= GPUS= TIMEOUT= AGAIN=1 DRY=1]
+	@$(PY) -m lib sweep '$(or $(NAME),--list)' --preset '$(or $(PRESET),smoke)' --profile '$(or $(PROFILE),local)' \
+	  $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(CORES),--cores '$(CORES)') $(if $(GPUS),--gpus '$(GPUS)') \
+	  $(if $(TIMEOUT),--timeout '$(TIMEOUT)') $(if $(filter-out 0,$(AGAIN)),--again) $(if $(filter-out 0,$(DRY)),--dry-run)
 
 lock: $(UV)  ## resolve both requirements.txt anew from pyproject.toml
 	$(LOCK) --group book --group test pyproject.toml -o requirements.txt

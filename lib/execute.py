@@ -28,6 +28,7 @@ def execute(source: Path, target: Path, values: dict, limit: float, environment:
     kernel dies twice or the target cannot be written.
     """
     from papermill import PapermillExecutionError, execute_notebook
+    from papermill.exceptions import PapermillException
     for name in ("papermill", "asyncio"):                  # what they and the kernel log is said here, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = {"kernel_name": "python3", "language": "python", "cwd": source.parent, "progress_bar": False,
@@ -37,9 +38,11 @@ def execute(source: Path, target: Path, values: dict, limit: float, environment:
             if prepare:
                 prepare()
             try:
-                return execute_notebook(source, target, values, **arguments)
+                return execute_notebook(_escaped(source), _escaped(target), values, **arguments)
             except PapermillExecutionError:
                 raise
+            except PapermillException as error:
+                raise ExecutionError(f"papermill refuses it: {error}") from None
             except (RuntimeError, OSError) as error:       # RuntimeError: so nbclient calls a dead kernel
                 if expired.is_set():
                     raise TimeLimitError(f"took more than {limit:g} s") from None
@@ -48,6 +51,11 @@ def execute(source: Path, target: Path, values: dict, limit: float, environment:
                 if attempt == 2:
                     raise ExecutionError(f"the kernel died twice ({error}): too little memory?") from None
                 print(f"the kernel died ({error}): once more", file=sys.stderr)
+
+
+def _escaped(path: Path) -> str:
+    """A path as papermill wants it, which fills in the parameters that it finds in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 @contextlib.contextmanager

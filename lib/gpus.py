@@ -1,6 +1,6 @@
 """One GPU to each run on a machine with several: a lock on a file per GPU, freed by the kernel when its holder dies."""
 import contextlib
-import fcntl
+import itertools
 import os
 import re
 import subprocess
@@ -8,19 +8,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from lib import BookError, locks
+
 
 def visible() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them; without importing torch.
 
-    All of the machine's, or those that CUDA_VISIBLE_DEVICES names: numbers become what nvidia-smi calls the GPU, so
-    that two processes with different lists mean the same thing.
+    All of the machine's by UUID, or those that CUDA_VISIBLE_DEVICES names, as it names them: CUDA does not number them
+    as nvidia-smi does. So processes that share a machine should all be given numbers, or all UUIDs, or nothing.
     """
-    there = present()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return there
-    named = [word.strip() for word in chosen.split(",") if word.strip() not in ("", "-1")]
-    return [there[int(name)] if name.isdigit() and int(name) < len(there) else name for name in named]
+        return present()
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, chosen.split(","))))
 
 
 def present() -> list[str]:
@@ -55,6 +55,7 @@ def taken(devices: list[str] | None = None, folder: Path | None = None, every: f
                 print(f"all {len(devices)} GPUs are taken: waiting for one", flush=True)
             waited = True
             time.sleep(every)
+        time.sleep(locks.KERNEL_ENDS if waited else 0)
         yield device
 
 
@@ -62,15 +63,21 @@ def _free(devices: list[str], folder: Path, held: contextlib.ExitStack) -> str |
     """The first GPU whose lock can be had, which `held` then keeps; None: all are taken."""
     for device in devices:
         path = folder / f"vaebook-gpu-{re.sub(r'[^A-Za-z0-9-]', '_', device)}.lock"
-        try:
-            file = os.open(path, os.O_RDONLY)              # another user's too, which only its owner may create
-        except FileNotFoundError:
-            file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(file)
-            continue
-        held.callback(os.close, file)
-        return device
+        file = open(path, "r+", opener=_opened)
+        if locks.locked(file):
+            held.enter_context(file)
+            return device
+        file.close()
     return None
+
+
+def _opened(path: str, flags: int) -> int:
+    """Open a lock file that all users of the machine share; make it if need be. BookError if it cannot be opened."""
+    with contextlib.suppress(FileExistsError):                    # of another user: O_CREAT alone would be refused
+        file = os.open(path, flags | os.O_CREAT | os.O_EXCL)
+        os.fchmod(file, 0o666)                                    # whatever the umask is
+        return file
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW)
+    except OSError as error:
+        raise BookError(f"cannot open {path}, the lock of a GPU ({error.strerror}): remove it") from None

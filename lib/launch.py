@@ -1,12 +1,15 @@
 """`python -m lib run`: papermill with checked parameters, a time limit, one retry, resume."""
 import contextlib
-import fcntl
 import os
 import time
 from pathlib import Path
 
-from lib import gpus, replicas, root, runs
+from lib import gpus, locks, replicas, root, runs
 from lib.execute import ExecutionError, TimeLimitError, execute
+
+
+class BusyError(runs.RunError):
+    """Another process runs in the folder."""
 
 
 def describe() -> str:
@@ -36,13 +39,12 @@ def run(experiment: str, preset: str, changes: dict, out: str | None = None, tim
     values = values_of(experiment, preset, changes)
     folder = Path(out).resolve() if out else root() / "runs" / experiment / runs.name_of(experiment, preset, values)
     seeds = replicas.seeds(experiment, preset, values, folder)
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as held:
         for _, folder in seeds:
-            runs.make_folder(folder)
-            locks.enter_context(_lock(folder, wait))
+            held.enter_context(_lock(folder, wait))
         left = [one for one in seeds if again or not replicas.complete(one[1], experiment, one[0])]
         if left:
-            device = locks.enter_context(gpus.taken()) if gpu else None
+            device = held.enter_context(gpus.taken()) if gpu else None
             _run(experiment, preset, left, len(seeds) - seeds.index(left[0]), timeout, threads, again, device)
         return "\n".join(_said(one[1], one in left) for one in seeds)
 
@@ -119,31 +121,43 @@ def _complaint(experiment: str, error, folder: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(folder: Path, wait: bool = False):
-    with open(folder / ".lock", "w") as file:
-        waited = False
-        while not _locked(file):
-            if not wait:
-                raise runs.RunError(f"another process runs in {_shown(folder)}: wait for it or choose --out")
-            if not waited:
-                print(f"another process runs in {_shown(folder)}: waiting for it", flush=True)
-            waited = True
-            time.sleep(1)
-        yield
+    """Hold a run's folder, made if need be, for the body. RunError: it cannot be written; BusyError unless `wait`."""
+    waited = False
+    while True:
+        runs.make_folder(folder)
+        with open(folder / ".lock", "a") as file:
+            while not locks.locked(file):
+                if not wait:
+                    raise BusyError(f"another process runs in {_shown(folder)}: wait for it or choose --out")
+                if not waited:
+                    print(f"another process runs in {_shown(folder)}: waiting for it", flush=True)
+                waited = True
+                time.sleep(1)
+            if _is_there(folder / ".lock", file):
+                time.sleep(locks.KERNEL_ENDS if waited else 0)
+                yield
+                return
 
 
-def _locked(file) -> bool:
+def _is_there(path: Path, file) -> bool:
+    """Whether the path still leads to an open file: a sweep may have set its folder aside meanwhile."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
         return False
-    return True
+
+
+def move(folder: Path, target: Path) -> None:
+    """Rename a run's folder, which nobody works in meanwhile. BusyError if somebody does."""
+    with _lock(folder):
+        folder.rename(target)
 
 
 def running(folder: Path) -> bool:
     """Whether a process runs in a run's folder now."""
     try:
         with open(folder / ".lock", "r+") as file:
-            return not _locked(file)
+            return not locks.locked(file)
     except FileNotFoundError:
         return False
 

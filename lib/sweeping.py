@@ -6,7 +6,6 @@ its results.json alone; what Snakemake looks at are marks in that folder, made a
 """
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -21,10 +20,10 @@ from pathlib import Path
 
 import yaml
 
-from lib import gpus, launch, root, runs, sweeps, write_atomic
+from lib import gpus, launch, locks, provenance, root, runs, sweeps, write_atomic
 
 LOG = "sweep.log"                                             # of a run, in its folder: what every attempt said
-PATIENCE = 60                                                 # seconds for jobs to end after an interrupt
+PATIENCE = 60                                                 # seconds for jobs to end, and for files to be seen here
 
 
 def listing() -> str:
@@ -35,7 +34,7 @@ def listing() -> str:
         common = [preset for preset in runs.presets(next(iter(experiments)))
                   if all(preset in runs.presets(one) for one in experiments)]
         sizes = [f"{preset} {len(sweeps.load(name, preset))}" for preset in (sweeps.SMOKE, *common)]
-        lines.append(f"{name:22}{', '.join(sizes):45}{', '.join(experiments)}")
+        lines.append(f"{name:22}{', '.join(sizes):43}  {', '.join(experiments)}")
     return "\n".join(lines)
 
 
@@ -59,8 +58,15 @@ def run(sweep: sweeps.Sweep, profile: str = "local", cores: int | None = None, n
 
     profile: a folder of workflow/profiles, or another with a config.yaml; cores, n_gpus: at most so many at once (with
     Slurm: jobs; no GPU asked for if n_gpus is 0); again: also what was made by other code; timeout: of a run, seconds.
-    Raises RunError: no Snakemake, an unknown profile, another head at work, a run to be set aside that goes on.
+    Raises RunError: a number that makes no sense, `again` with uncommitted changes, no Snakemake, an unknown profile,
+    another head at work, a run to be set aside that goes on.
     """
+    if not timeout > 0 or (cores is not None and cores < 1) or (n_gpus is not None and n_gpus < 0):
+        raise runs.RunError(f"--timeout and --cores must be positive and --gpus not negative, got {timeout:g}, {cores} "
+                            f"and {n_gpus}")
+    if again and provenance.git_state()["dirty"]:
+        raise runs.RunError("--again repeats what other code made, and uncommitted changes are other code for ever: "
+                            "commit first")
     program, options = _snakemake(), _options(profile, cores, n_gpus)
     work = root() / "runs" / ".sweeps" / f"{sweep.name}-{sweep.preset}"
     work.mkdir(parents=True, exist_ok=True)
@@ -69,6 +75,8 @@ def run(sweep: sweeps.Sweep, profile: str = "local", cores: int | None = None, n
         for one, state in zip(sweep, before, strict=True):
             if state.kind == "other code":
                 print(f"{one.folder} stays, though made by other code ({state.why}); --again runs it anew")
+            if state.kind == "to do" and state.why:
+                print(f"{one.folder} {state.why}")
             if state.kind == "changed":
                 print(f"{one.folder}: {state.why}; set aside as {sweeps.set_aside(one)}")
         left = [one for one, state in zip(sweep, before, strict=True) if not state.stays]
@@ -76,10 +84,12 @@ def run(sweep: sweeps.Sweep, profile: str = "local", cores: int | None = None, n
         print(f"{sweep.name} at {sweep.preset}: {len(sweep)} runs, {len(left)} to do", flush=True)
         began, code, interrupted = time.monotonic(), 0, False
         if left:
-            _plan(work, sweep, left, timeout)
+            _cancel_pending(work)
+            _plan(work, sweep, left, timeout, n_gpus != 0)
             chains = [f"done/{_key(one)}" for one in left if one.needs]       # what others wait for goes first
             first = ["--prioritize", *chains] if chains else []
             code, interrupted = _conduct([program, *options, *first], work, sweep, left)
+            _wait_to_see(work, left)
         return _summary(sweep, left, logs, work, code, interrupted, time.monotonic() - began)
 
 
@@ -108,19 +118,16 @@ def _options(profile: str, cores: int | None, n_gpus: int | None) -> list[str]:
     options += ["--cores" if executor == "local" else "--jobs", str(cores)] if cores else []
     options += ["--resources", f"gpu={n_gpus}"] if n_gpus else ["--set-resources", "run:gpu=0"] * (n_gpus == 0)
     return [*options, "--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime", "--retries", "1",
-            "--quiet", "all"]
+            "--quiet", "progress", "host"]
 
 
 @contextlib.contextmanager
 def _head(work: Path):
     """The right to conduct a sweep, which ends with this process however it ends. RunError if another one has it."""
     with open(work / "head.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not locks.locked(file):
             file.seek(0)
-            raise runs.RunError(f"another process runs this sweep ({file.read().strip()}): wait for it, or end it") \
-                from None
+            raise runs.RunError(f"another process runs this sweep ({file.read().strip()}): wait for it, or end it")
         file.truncate(0)
         file.write(f"{os.uname().nodename}, process {os.getpid()}")
         file.flush()
@@ -136,16 +143,31 @@ def _key(one: sweeps.Configuration) -> str:
     return f"{one.experiment}-{hashlib.sha256(one.folder.encode()).hexdigest()[:8]}"
 
 
-def _plan(work: Path, sweep: sweeps.Sweep, left: list[sweeps.Configuration], timeout: float) -> None:
-    """Write plan.json for workflow/Snakefile: the runs to do, and which of them each starts from."""
+def _plan(work: Path, sweep: sweeps.Sweep, left: list[sweeps.Configuration], timeout: float, gpu: bool) -> None:
+    """Write plan.json for workflow/Snakefile: the runs to do, and which of them each starts from; gpu: or on none."""
     keys = {one.index: _key(one) for one in left}
-    common = ["--wait", "--gpu", "--timeout", f"{timeout:g}"]
+    common = ["--wait", *(["--gpu"] if gpu else []), "--timeout", f"{timeout:.12g}"]
+    hidden = "" if gpu else "CUDA_VISIBLE_DEVICES= "
     jobs = {keys[one.index]: {"folder": one.folder, "needs": [keys[i] for i in one.needs if i in keys],
-                              "command": shlex.join([sys.executable, "-m", "lib", *one.words, *common])}
+                              "command": hidden + shlex.join([sys.executable, "-m", "lib", *one.words, *common])}
             for one in left}
     shutil.rmtree(work / "done", ignore_errors=True)
     plan = {"sweep": sweep.name, "preset": sweep.preset, "book": str(root()), "log": LOG, "runs": jobs}
     write_atomic(work / "plan.json", (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def _cancel_pending(work: Path) -> None:
+    """Cancel what a killed head left waiting in Slurm's queue: this one submits it anew. What runs is waited for."""
+    name = re.search(r"(?m)^SLURM run ID: (\S+)$", _told(work))
+    if name:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(["scancel", "--state=PENDING", f"--name={name[1]}"], capture_output=True, timeout=60)
+
+
+def _told(work: Path) -> str:
+    """What Snakemake said, last time or until now."""
+    path = work / "snakemake.log"
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 # ------------------------------------------------------------------------------------------------ while it runs
@@ -169,6 +191,9 @@ def _conduct(command: list[str], work: Path, sweep: sweeps.Sweep, left: list) ->
         except KeyboardInterrupt:
             print("interrupted: the jobs are being ended", flush=True)
             return _end(process), True
+        except BaseException:
+            _end(process)
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -190,27 +215,46 @@ def _end(process: subprocess.Popen) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ after
+def _wait_to_see(work: Path, left: list) -> None:
+    """Wait, but not for ever, until the results of runs that went well are seen here, on a network file system."""
+    end = time.monotonic() + PATIENCE
+    for folder in [root() / one.folder for one in left if (work / "done" / _key(one)).exists()]:
+        while not (folder / "results.json").is_file() and time.monotonic() < end:
+            time.sleep(1)
+            with contextlib.suppress(OSError):
+                os.listdir(folder)                            # which makes the system ask the server
+
+
 def _summary(sweep: sweeps.Sweep, left: list, logs: dict, work: Path, code: int, interrupted: bool,
              seconds: float) -> int:
     """Print how many runs are done, why the others are not; returns the exit code."""
-    missing = {i: sweep(i) for i, state in enumerate(sweeps.states(sweep)) if not state.stays}
+    after = sweeps.states(sweep)
+    missing = {i: sweep(i) for i, state in enumerate(after) if not state.stays}
     print(f"{len(sweep) - len(missing)} of {len(sweep)} runs are done, {len(sweep) - len(left)} of them were before "
           f"({seconds:.0f} s)")
     if interrupted:
         print("interrupted: the same command goes on from what there is")
         return 130
-    reasons = {i: _reason(one, logs.get(one.folder, 0)) for i, one in missing.items()}
+    reasons = {i: _reason(one, after[i], logs.get(one.folder, 0), _told(work)) for i, one in missing.items()}
+    unexplained = False
     for i, one in missing.items():
         if reasons[i]:
             print(f"failed: {one.folder}: {reasons[i]}")
         else:
             first = next((f": {sweep(j).folder} failed" for j in _roots(sweep, i) if reasons.get(j)), "")
+            unexplained |= not first
             print(f"not started: {one.folder}{first}")
-    if missing and not any(reasons.values()):
-        log = work / "snakemake.log"
-        last = [line for line in log.read_text().splitlines() if line.strip()] or ["without a word"]
-        print(f"Snakemake ended with code {code}: {last[-1]} (see {log.relative_to(root())})")
+    if unexplained:
+        print(f"Snakemake ended with code {code}: {_complaint(_told(work))} (see "
+              f"{(work / 'snakemake.log').relative_to(root())})")
     return 1 if missing else 0
+
+
+def _complaint(told: str) -> str:
+    """What Snakemake's log complains of first; its last line if nothing looks like a complaint."""
+    found = re.search(r"(?m)^ *message: *(\S.*)|^\w+(?:Error|Exception)\b.*?:\s*(\S.*)", told)
+    lines = [line for line in told.splitlines() if line.strip()] or ["without a word"]
+    return (found[1] or found[2]) if found else lines[-1]
 
 
 def _roots(sweep: sweeps.Sweep, i: int) -> list[int]:
@@ -218,8 +262,13 @@ def _roots(sweep: sweeps.Sweep, i: int) -> list[int]:
     return sorted({j for need in sweep(i).needs for j in (need, *_roots(sweep, need))})
 
 
-def _reason(one: sweeps.Configuration, offset: int) -> str:
-    """Why a run has no result, from what its last attempt said since `offset` of its log; "": it was not started."""
+def _reason(one: sweeps.Configuration, state: sweeps.State, offset: int, told: str) -> str:
+    """Why a run has no result, from what its last attempt said since `offset` of its log; "": it was not started.
+
+    told: Snakemake's log, with what Slurm says of a job that it ended.
+    """
+    if state.kind == "changed" and (root() / one.folder / "results.json").is_file():
+        return f"{state.why}: parameters were edited while the sweep ran; the same command goes by what they are now"
     path = root() / one.folder / LOG
     if _size(path) <= offset:
         return ""
@@ -227,4 +276,7 @@ def _reason(one: sweeps.Configuration, offset: int) -> str:
     said = re.findall(r"(?m)^error: (.+)", last)
     if launch.running(root() / one.folder):
         return f"still runs, without this sweep (see {one.folder}/{LOG}): the same command waits for it"
-    return said[-1] if said else f"ended without a word (killed?), see {one.folder}/{LOG}"
+    if said:
+        return said[-1]
+    slurm = re.findall(rf"message: (SLURM.*)\n(?:    .*\n)*?    output: done/{_key(one)}\n", told)
+    return f"ended without a word ({slurm[-1] if slurm else 'killed?'}), see {one.folder}/{LOG}"

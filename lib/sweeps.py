@@ -77,11 +77,19 @@ def definitions() -> dict[str, dict]:
     """The `sweeps:` of notebooks/presets.yml: {name: {"seeds": n, "runs": [part, ...]}}. RunError if it is not so."""
     try:
         known = runs.presets_file().get("sweeps") or {}
-        return {name: {"seeds": sweep.get("seeds", 1), "runs": [dict(part) for part in sweep["runs"]]}
-                for name, sweep in known.items()}
+        found = {name: {"seeds": sweep.get("seeds", 1), "runs": [dict(part) for part in sweep["runs"]]}
+                 for name, sweep in known.items()}
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise runs.RunError("notebooks/presets.yml: each of `sweeps` needs `runs`, a list of parts "
                             f"({type(error).__name__}: {' '.join(str(error).split())})") from None
+    for name, sweep in found.items():
+        if not sweep["runs"] or not _is_number(sweep["seeds"]):
+            raise runs.RunError(f"notebooks/presets.yml: sweep {name} needs `runs`, and `seeds` from 1 if it has any")
+    return found
+
+
+def _is_number(seeds) -> bool:
+    return type(seeds) is int and seeds >= 1
 
 
 def load(name: str, preset: str = SMOKE, seeds: int | None = None) -> Sweep:
@@ -116,14 +124,17 @@ def _check(part: dict, points: dict) -> None:
     for key in ("set", "grid", "after"):
         if not isinstance(part.get(key, {}), dict):
             raise runs.RunError(f"`{key}` of {part['run']} must name parameters, got {part[key]!r}")
+        for name in part.get(key, {}):
+            if name in runs.HOUSEKEEPING:
+                raise runs.RunError(f"`{key}` of {part['run']} has {name}, which tells no runs apart: leave it out")
     for name, values in part.get("grid", {}).items():
         if not isinstance(values, list) or not values:
             raise runs.RunError(f"`grid` of {part['run']}: {name} needs a list of values, got {values!r}")
     for notebook in part.get("after", {}).values():
-        if notebook not in points:
+        if not isinstance(notebook, str) or notebook not in points:
             raise runs.RunError(f"{part['run']} is after {notebook!r}, which is no earlier part: put it before "
                                 f"{part['run']}")
-    if type(part.get("seeds", 1)) is not int or part.get("seeds", 1) < 1:
+    if not _is_number(part.get("seeds", 1)):
         raise runs.RunError(f"`seeds` of {part['run']} must be a whole number from 1, got {part['seeds']!r}")
 
 
@@ -142,8 +153,10 @@ def _add(part: dict, preset: str, seeds: int, configurations: dict, points: dict
             changes = {key: value for key, value in values.items() if value != base[key]}
             new = Configuration(len(configurations), experiment, preset, changes, values,
                                 runs.name_of(experiment, preset, values), tuple(sorted(set(starts.values()))))
-            index = configurations.setdefault(new.folder, new).index
-            points.setdefault(experiment, []).append((point, index))
+            old = configurations.setdefault(new.folder, new)
+            if old.values != values:
+                raise runs.RunError(f"{new.folder} would be the folder of two runs, {old.command} and {new.command}")
+            points.setdefault(experiment, []).append((point, old.index))
 
 
 def _starts(experiment: str, point: dict, after: dict, points: dict) -> list[tuple[dict, dict]]:
@@ -200,14 +213,17 @@ def _state(one: Configuration, needs: list[Configuration], found: list[State], c
             return State("changed", f"starts from {need.index}, which is to be run")
         if trace["date"] and trace["date"] < _trace(root() / need.folder)["date"]:
             return State("changed", f"older than {need.index}, from which it starts")
-    if not trace["complete"]:
-        return State("to do", "goes on from its checkpoint")
-    other = code.differs(one.experiment, trace["git"])
+    other = code.differs(one.experiment, trace["git"]) if trace["git"] else ""
+    if not trace["complete"] and not (other and again):
+        return State("to do", "goes on from its checkpoint" + (f", which is of other code: {other}" if other else ""))
     return State("changed" if again else "other code", other) if other else State("done")
 
 
 def _trace(folder: Path) -> dict | None:
-    """{"parameters", "date" of its start, "git", "complete"} of the run in a folder; None: nothing to go on from."""
+    """{"parameters", "date" of its start, "git", "complete"} of the run in a folder; None: nothing to go on from.
+
+    git of an interrupted run is that of the process that trained last; None: the checkpoint does not say.
+    """
     if (folder / "results.json").is_file():
         try:
             record = runs.read(folder / "results.json")
@@ -219,7 +235,11 @@ def _trace(folder: Path) -> dict | None:
     told = {}
     with contextlib.suppress(OSError, ValueError, KeyError):           # papermill writes it at the run's start
         told = json.loads((folder / "notebook.ipynb").read_text())["metadata"]["papermill"]
-    return {"parameters": told.get("parameters") or {}, "date": told.get("start_time", "")[:19], "complete": False}
+    from lib import checkpoint  # imports torch: slow
+
+    made_by = checkpoint.made_by(folder)
+    return {"parameters": told.get("parameters") or {}, "date": told.get("start_time", "")[:19],
+            "git": made_by[-1] if made_by else None, "complete": False}
 
 
 def _unlike(values: dict, had: dict | None) -> str:
@@ -299,11 +319,12 @@ def set_aside(one: Configuration) -> str:
 
     Nothing is deleted. Raises RunError if a process runs in it.
     """
-    folder = root() / one.folder
-    if launch.running(folder):
-        raise runs.RunError(f"{one.folder} is to be set aside, but a process runs in it: wait for it, or end it")
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%S.%fZ")
     target = root() / "runs" / ".set-aside" / one.experiment / f"{one.name}.{when}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
+    try:
+        launch.move(root() / one.folder, target)
+    except launch.BusyError:
+        raise runs.RunError(f"{one.folder} is to be set aside, but a process runs in it: wait for it, or end it") \
+            from None
     return str(target.relative_to(root()))

@@ -21,6 +21,11 @@ wait_until() {                      # wait_until SECONDS COMMAND...
 
 idle() { [ "$(sinfo -h -o %T 2>/dev/null)" = idle ]; }
 
+resumed() {                         # refused to a node that is up already, or not yet known to be back
+  scontrol update nodename="$NODE" state=resume 2>/dev/null || true
+  [[ "$(sinfo -h -o %T 2>/dev/null)" =~ ^(idle|mixed|allocated|completing)$ ]]
+}
+
 free_ports() {
   python3 -c 'import socket; s = [socket.create_server(("127.0.0.1", 0)) for _ in "12"]; print(*[x.getsockname()[1] for x in s])'
 }
@@ -71,7 +76,7 @@ start)
   chmod 755 "$D"; mkdir -p "$D"/{state,spool}; mkdir -p -m 700 "$D/munge"
   (umask 077; head -c 1024 /dev/urandom > "$D/munge/key")
   configure
-  mkdir -p "$(dirname "$DEFAULT")"; ln -s "$SLURM_CONF" "$DEFAULT"
+  mkdir -p "$(dirname "$DEFAULT")"; ln -sfn "$SLURM_CONF" "$DEFAULT"      # over a dangling one
   munged --force --socket="$D/munge.socket" --key-file="$D/munge/key" --pid-file="$D/munged.pid" \
     --log-file="$D/munge/log" --seed-file="$D/munge/seed"
   slurmctld -f "$SLURM_CONF"
@@ -81,7 +86,7 @@ start)
 node-up)
   rm -f "$D/slurmd.pid"
   slurmd -f "$SLURM_CONF"
-  wait_until 30 scontrol update nodename="$NODE" state=resume 2>/dev/null || true
+  wait_until 30 resumed
   ;;
 stop)
   [ "$(readlink "$DEFAULT" || true)" != "$SLURM_CONF" ] || rm "$DEFAULT"

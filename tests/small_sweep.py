@@ -9,7 +9,7 @@ from fresh_clone import git
 from toy import toy_checkout, toy_record
 
 import lib
-from lib import launch, runs, sweeping, sweeps
+from lib import gpus, launch, provenance, runs, sweeping, sweeps
 
 TOY = '''\
 steps: int = 3  # how far to go
@@ -35,7 +35,7 @@ run.save({"score": {"value": 2.5 * steps, "se": None, "n": 1, "unit": "points"}}
 PRESETS = '''\
 toy:
   paper: {steps: 10}
-  slow: {seconds: 3}
+  slow: {seconds: 5}
 then:
   paper: {steps: 20}
   slow: {seconds: 1}
@@ -43,6 +43,7 @@ alone: {}
 sweeps:
   pair: {seeds: 3, runs: [{run: toy}, {run: then, after: {base: toy}}]}
   grid: {runs: [{run: toy, set: {base: x}, grid: {steps: [1, 2], seed: [7, 8]}}]}
+  alone: {runs: [{run: alone}]}
   fails: {runs: [{run: toy, grid: {steps: [3, 13]}}, {run: then, grid: {steps: [3, 13]}, after: {base: toy}}]}
 '''
 
@@ -57,8 +58,9 @@ def sweep_checkout(folder, monkeypatch):
     (folder / ".gitignore").write_text("runs/\n.venv\n__pycache__/\nmade\n")
     git(folder, "init", "-q")
     commit(folder)
-    for module in (runs, launch, sweeps, sweeping):
+    for module in (runs, launch, provenance, sweeps, sweeping):
         monkeypatch.setattr(module, "root", lambda: folder)
+    monkeypatch.setattr(gpus, "visible", list)                # none, whatever this machine has
     monkeypatch.setattr(sweeping, "PATIENCE", 20)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return folder

@@ -1,12 +1,15 @@
 """Runs on a machine with several GPUs: no two of them get the same, and one that is killed gives its own back."""
+import contextlib
+import errno
 import os
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
 
-from lib import gpus
+from lib import BookError, gpus, locks
 
 TWO = ["GPU-one", "GPU-two"]
 WORKER = """
@@ -62,6 +65,41 @@ def test_a_killed_run_frees_its_gpu(tmp_path):
     waiting.communicate(), second.kill(), second.communicate(timeout=20)
 
 
+def test_who_waited_leaves_the_kernel_of_a_killed_run_time_to_end(tmp_path, monkeypatch):
+    slept, freed = [], contextlib.ExitStack()
+    freed.enter_context(gpus.taken(TWO[:1], tmp_path))
+    monkeypatch.setattr(gpus.time, "sleep", lambda seconds: (slept.append(seconds), freed.close()))
+    with gpus.taken(TWO[:1], tmp_path, every=0.5):
+        assert slept == [0.5, locks.KERNEL_ENDS]
+
+
+def test_other_users_can_open_the_lock_whatever_the_umask_was(tmp_path):
+    before = os.umask(0o077)
+    try:
+        with gpus.taken(TWO, tmp_path):
+            pass
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o666]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_gpu_that_is_taken(tmp_path, monkeypatch, number):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with pytest.raises(BookError, match="GPU-one.lock is on a file system that cannot lock .*: mount it with locks"), \
+            gpus.taken(TWO, tmp_path):
+        pass
+
+
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "vaebook-gpu-GPU-one.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BookError, match="cannot open .*GPU-one.lock, the lock of a GPU .*: remove it"), \
+            gpus.taken(TWO, tmp_path):
+        pass
+
+
 def test_without_a_gpu_nothing_is_taken_and_nothing_waits(tmp_path):
     with gpus.taken([], tmp_path) as one, gpus.taken([], tmp_path) as other:
         assert one is other is None
@@ -102,9 +140,8 @@ def test_slices_count_in_place_of_the_gpu_that_they_are_of(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("chosen", "left"), [
-    ("1", ["GPU-22-bb"]), ("1,0", ["GPU-22-bb", "GPU-11-aa"]), ("GPU-22-bb", ["GPU-22-bb"]), ("", []), ("-1", []),
-    ("7", ["7"])])
-def test_what_somebody_has_chosen_is_respected(tmp_path, monkeypatch, chosen, left):
+    ("1", ["1"]), ("1, 0", ["1", "0"]), ("GPU-22-bb", ["GPU-22-bb"]), ("", []), ("-1", []), ("1,-1,0", ["1"])])
+def test_what_somebody_has_chosen_is_respected_and_keeps_its_numbers(tmp_path, monkeypatch, chosen, left):
     smi(tmp_path, monkeypatch, LISTED)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert gpus.visible() == left

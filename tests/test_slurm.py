@@ -3,6 +3,7 @@
 `pytest -m slurm -s tests/test_slurm.py` prints what happened when. Needs root and Debian's packages slurmctld, slurmd,
 slurm-client, munge and slurm-wlm-basic-plugins; takes about five minutes on two cores.
 """
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import yaml
 from fresh_clone import environment, fresh_clone
 
 import lib
+from lib import checkpoint
 
 pytestmark = pytest.mark.slurm
 SCRIPT = Path(__file__).with_name("slurm.sh")
@@ -35,8 +37,9 @@ def slurm(tmp_path):
                         "slurm-wlm-basic-plugins")
     if os.geteuid():
         pytest.skip("only root can start a Slurm")
-    if os.path.lexists("/etc/slurm/slurm.conf"):
-        pytest.skip("this machine has a Slurm of its own (/etc/slurm/slurm.conf)")
+    if os.path.exists("/etc/slurm/slurm.conf"):                # not so the dangling link of a killed test
+        pytest.skip("this machine has a Slurm (/etc/slurm/slurm.conf); what a killed test left is ended by "
+                    "`tests/slurm.sh stop FOLDER`, the folder that this links to")
     if not (lib.root() / "workflow" / ".venv" / "bin" / "snakemake").is_file():
         pytest.skip("Snakemake is not installed: make sweep NAME=gmm DRY= installs it into workflow/.venv")
     folder = tmp_path / "slurm"
@@ -102,6 +105,16 @@ class Rehearsal:
                 pass
         return found
 
+    def under_way(self, experiment: str) -> dict[str, int]:
+        """{job: step of its checkpoint} of the runs of a notebook that have one and go on."""
+        found = {}
+        for kernel in self.running():
+            with contextlib.suppress(psutil.Error):
+                folder = Path(kernel.environ()["VAEBOOK_RUN"])
+                if folder.parent.name == experiment and (folder / "latest.safetensors").is_file():
+                    found[job_of(kernel)] = checkpoint.read_meta(folder / "latest.safetensors")["step"]
+        return found
+
     def until(self, condition, what: str, seconds: float = 900) -> None:
         end = time.monotonic() + seconds
         while not condition():
@@ -137,10 +150,11 @@ def test_a_sweep_with_a_chain_survives_a_killed_job_a_dead_node_and_a_killed_hea
     head = sweep.head()
     sweep.say("the sweep `rehearsal` begins: 12 runs, 4 of them a chain; two cores, two make-believe GPUs")
 
-    sweep.until(lambda: len(sweep.results()) >= 1 and sweep.running(), "a first result")
-    victim = job_of(sweep.running()[-1])
+    sweep.until(lambda: sweep.under_way("celeba-encoder"), "a checkpoint of celeba-encoder")
+    (victim, step), = sweep.under_way("celeba-encoder").items()
     subprocess.run(["scancel", victim], check=True)
-    sweep.say(f"{len(sweep.results())} of 12 done; job {victim} is cancelled")
+    sweep.say(f"{len(sweep.results())} of 12 done; job {victim} is cancelled: celeba-encoder, with a checkpoint of "
+              f"step {step}")
 
     sweep.until(lambda: len(sweep.results()) >= 3 and sweep.running(), "three results")
     before, running = len(sweep.results()), [job for job, state in squeue() if state == "RUNNING"]
@@ -186,3 +200,7 @@ def test_a_sweep_with_a_chain_survives_a_killed_job_a_dead_node_and_a_killed_hea
     assert sweep.head().wait(timeout=600) == 0
     assert "12 of 12 runs are done, 12 of them were before" in sweep.output.read_text()
     sweep.say("a third head finds nothing to do")
+    parts = [part["steps"] for one in results if one["experiment"] == "celeba-encoder" for part in one["made_by"]]
+    sweep.say(f"steps of the processes that trained celeba-encoder and what it starts from: {parts}")
+    assert any(last > first >= step > 0 for first, last in parts)                    # resumed, not begun again
+

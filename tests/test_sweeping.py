@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
 import pytest
 from fresh_clone import environment
-from small_sweep import edit, put, sweep_checkout
+from small_sweep import commit, edit, put, sweep_checkout
 from toy import toy_record
 
 import lib
@@ -23,12 +24,12 @@ from lib.__main__ import main
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    return sweep_checkout(tmp_path / "checkout", monkeypatch)
+    return sweep_checkout(tmp_path / "check {out}", monkeypatch)            # a path that papermill would fill in
 
 
 FAKE = '''#!{python}
 """In place of Snakemake: does with each run of the plan, in order, what behaviour.json says of its folder."""
-import json, sys, time
+import json, subprocess, sys, time
 from pathlib import Path
 work = Path(sys.argv[sys.argv.index("--directory") + 1])
 plan = json.loads((work / "plan.json").read_text())
@@ -44,10 +45,16 @@ for key, job in plan["runs"].items():
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / plan["log"], "a") as log:
         print("--- 2026-01-01T00:00:00Z here", file=log)
-        print({{"well": "made", "killed": "Killed"}}.get(how, "error: " + how), file=log)
+        print({{"well": "made", "late": "made", "killed": "Killed"}}.get(how, "error: " + how), file=log)
+    result = json.dumps(told["results"].get(job["folder"]))
     if how == "well":
-        (folder / "results.json").write_text(json.dumps(told["results"][job["folder"]]))
+        (folder / "results.json").write_text(result)
         done.add(key)
+    if how == "late":                                     # seen later than the mark
+        (work / "done").mkdir(exist_ok=True)
+        (work / "done" / key).touch()
+        (folder / "late").write_text(result)
+        subprocess.Popen(["sh", "-c", "sleep 2; mv late results.json"], cwd=folder)
 time.sleep(told["seconds"])
 print("Snakemake's last words")
 sys.exit(told["code"])
@@ -135,8 +142,81 @@ def test_other_code_stays_and_is_said_to_unless_it_is_to_be_run_anew(checkout, f
     out = capsys.readouterr().out
     assert out.startswith("runs/toy/default stays, though made by other code (lib/runs.py); --again runs it anew\n")
     assert "1 to do" in out
+    assert main(["sweep", "pair", "--again"]) == 1            # it would repeat everything each time
+    assert capsys.readouterr() == ("", "error: --again repeats what other code made, and uncommitted changes are other "
+                                       "code for ever: commit first\n")
+    commit(checkout)
     assert main(["sweep", "pair", "--again"]) == 0
     assert "runs/toy/default: lib/runs.py; set aside as" in capsys.readouterr().out
+
+
+def test_a_result_that_is_seen_late_is_waited_for(checkout, fake, capsys):
+    fake({one.folder: "late" for one in sweeps.load("alone")}, name="alone")
+    assert main(["sweep", "alone"]) == 0
+    assert "1 of 1 runs are done" in capsys.readouterr().out
+
+
+def test_parameters_that_were_edited_meanwhile_are_named(checkout, fake, capsys):
+    fake(name="alone")
+    told = json.loads((checkout / "behaviour.json").read_text())
+    told["results"]["runs/alone/default"]["parameters"]["steps"] = 4
+    (checkout / "behaviour.json").write_text(json.dumps(told))
+    assert main(["sweep", "alone"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "failed: runs/alone/default: steps 4, now 3: parameters were edited while the sweep ran; the same command goes "
+        "by what they are now")
+
+
+def test_no_gpu_means_that_none_is_seen(checkout, fake, capsys):
+    work = fake(name="alone")
+    assert main(["sweep", "alone", "--gpus", "0"]) == 0
+    command = next(iter(json.loads((work / "plan.json").read_text())["runs"].values()))["command"]
+    assert command == f"CUDA_VISIBLE_DEVICES= {sys.executable} -m lib run alone --wait --timeout 86400"
+
+
+@pytest.mark.parametrize("words", [("--cores", "0"), ("--cores", "-2"), ("--gpus", "-1"), ("--timeout", "0"),
+                                   ("--timeout", "-1"), ("--timeout", "nan")])
+def test_numbers_that_make_no_sense_are_refused(checkout, fake, words, capsys):
+    fake(name="alone")
+    assert main(["sweep", "alone", *words]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: --timeout and --cores must be positive and --gpus not negative, got ") \
+        and not (checkout / "runs").exists()
+
+
+def test_what_a_killed_head_left_waiting_in_the_queue_is_cancelled(checkout, fake, tmp_path, monkeypatch):
+    work = fake(name="alone")
+    work.mkdir(parents=True)
+    (work / "snakemake.log").write_text("Building DAG of jobs...\nSLURM run ID: 0e70af5c-7ad8\nUsing shell: bash\n")
+    programs(tmp_path, monkeypatch, scancel=f"echo \"$@\" >> '{tmp_path}/cancelled'")
+    assert main(["sweep", "alone"]) == 0
+    assert (tmp_path / "cancelled").read_text() == "--state=PENDING --name=0e70af5c-7ad8\n"
+
+
+def test_whatever_goes_wrong_in_the_head_ends_snakemake(checkout, fake, monkeypatch):
+    fake(name="alone", seconds=1000)
+
+    def fails(path):
+        raise ValueError("unforeseen")
+    monkeypatch.setattr(runs, "from_json", fails)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(sweeping.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(ValueError, match="unforeseen"):
+        sweeping.run(sweeps.load("alone"))
+    assert started[-1].poll() is not None
+
+
+def test_why_slurm_ended_a_job_is_told(checkout):
+    one = sweeps.load("alone")(0)
+    log = checkout / one.folder / "sweep.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("--- 2026-01-01T00:00:00Z here job 7\n")
+    told = ("Error in rule run:\n    message: SLURM-job '7' failed, SLURM status is: 'TIMEOUT'.\n"
+            "    log: 7.log (check log file(s) for error details)\n    jobid: 1\n    output: done/KEY\n    shell:\n"
+            "Error in rule run:\n    message: SLURM-job '8' failed, SLURM status is: 'FAILED'.\n    jobid: 2\n"
+            "    output: done/another\n").replace("KEY", sweeping._key(one))
+    assert sweeping._reason(one, sweeps.State("to do"), 0, told) == (
+        "ended without a word (SLURM-job '7' failed, SLURM status is: 'TIMEOUT'.), see runs/alone/default/sweep.log")
 
 
 def test_one_head_at_a_time(checkout, fake, capsys):
@@ -168,6 +248,15 @@ def test_a_profile_is_one_of_the_books_or_a_folder(checkout, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ real processes
+def programs(tmp_path, monkeypatch, **scripts):
+    """Put shell scripts of these names first in the path."""
+    (tmp_path / "bin").mkdir()
+    for name, script in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+
 def launched(checkout, *words):
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # noqa: E731   (in the background shells ignore it)
     return subprocess.Popen([sys.executable, "-m", "lib", *words], cwd=checkout, text=True, env=environment(checkout),
@@ -198,23 +287,43 @@ def test_a_killed_head_takes_snakemake_along_and_an_interrupted_one_ends_it(chec
         shutil.rmtree(checkout / "runs" / "toy", ignore_errors=True)
 
 
+def test_what_papermill_refuses_is_one_sentence(checkout, monkeypatch, capsys):
+    import papermill
+
+    def refuses(*words, **more):
+        raise papermill.exceptions.PapermillMissingParameterException("Missing parameter 'out'")
+    monkeypatch.setattr(papermill, "execute_notebook", refuses)
+    assert main(["run", "toy"]) == 1
+    assert capsys.readouterr().err == (
+        "error: toy in runs/toy/default: papermill refuses it: Missing parameter 'out'\n")
+
+
 def test_two_processes_of_one_run_make_one_result(checkout):
     first = launched(checkout, "run", "toy", "--set", "seconds=3")
     folder = checkout / "runs" / "toy" / "seconds=3.0"
     until(lambda: launch.running(folder), "the first")
     second = launched(checkout, "run", "toy", "--set", "seconds=3", "--wait")
-    assert "points" in first.communicate(timeout=120)[0] and not launch.running(folder)
+    assert "points" in first.communicate(timeout=120)[0]
     said = second.communicate(timeout=120)[0].splitlines()
+    assert not launch.running(folder)
     assert said[0] == "another process runs in runs/toy/seconds=3.0: waiting for it"
     assert said[1].startswith("runs/toy/seconds=3.0 is complete (") and second.returncode == 0
     assert (checkout / "made").read_text() == "toy 1 \n"
 
 
+def test_who_waits_begins_when_the_kernel_of_a_killed_process_is_gone(checkout):
+    first = launched(checkout, "run", "toy", "--set", "seconds=1000")
+    kernels = []
+    until(lambda: kernels.extend(psutil.Process(first.pid).children()) or kernels, "its kernel")
+    time.sleep(3)                                                     # it looks after its parent by now
+    threading.Timer(0.5, first.kill).start()
+    with launch._lock(checkout / "runs" / "toy" / "seconds=1000.0", wait=True):
+        assert gone(kernels, 0)
+    first.communicate(timeout=20)
+
+
 def test_two_runs_at_once_have_a_gpu_each(checkout, tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: A (UUID: GPU-1)\nGPU 1: A (UUID: GPU-2)'\n")
-    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    programs(tmp_path, monkeypatch, **{"nvidia-smi": "echo 'GPU 0: A (UUID: GPU-1)\nGPU 1: A (UUID: GPU-2)'"})
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     both = [launched(checkout, "run", "toy", "--set", "seconds=5", "--seed", seed, "--gpu") for seed in "12"]
     assert all("points" in process.communicate(timeout=120)[0] for process in both)
@@ -231,6 +340,18 @@ def snakemake(checkout):
     return checkout
 
 
+def test_what_sbatch_complains_of_is_quoted(snakemake, tmp_path, monkeypatch, capsys):
+    text = (snakemake / "workflow" / "profiles" / "slurm" / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("checks: 20", "checks: 1"))
+    programs(tmp_path, monkeypatch, sbatch="echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1",
+             **dict.fromkeys(("squeue", "sinfo", "sacct", "scancel"), "exit 0"))
+    assert main(["sweep", "pair", "--profile", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "not started: runs/toy/default", "not started: runs/then/base=runs_toy_default",
+        "Snakemake ended with code 1: SLURM sbatch failed. The error message was 'sbatch: error: invalid partition "
+        "specified: gpuu'. (see runs/.sweeps/pair-smoke/snakemake.log)"]
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_its_worker_and_its_head_are_killed(snakemake):
     """Each of six results is made once: a worker's run is retried, the head's are waited for by the next head."""
@@ -245,6 +366,7 @@ def test_a_sweep_goes_on_after_its_worker_and_its_head_are_killed(snakemake):
         found = [p for p in psutil.Process(head.pid).children(recursive=True) if p.name().startswith("python")]
         return [p for p in found if "run" in p.cmdline() and "--wait" in p.cmdline()]
     until(lambda: len(workers()) == 2 and list(snakemake.glob("runs/*/*/notebook.ipynb")), "two workers")
+    time.sleep(3)                                                 # so that its second attempt outlasts the other run
     victim = workers()[0]
     say(f"kill -9 of the worker `{' '.join(victim.cmdline()[3:])}`")
     victim.kill()

@@ -1,19 +1,24 @@
 """Sweeps: what their configurations are, and the state of each run on the disk."""
 import json
 import shutil
+import subprocess
+import threading
+from pathlib import Path
 
 import pytest
+import torch
 from fresh_clone import git
+from safetensors.torch import save
 from small_sweep import commit, edit, put, sweep_checkout
 
-from lib import launch, runs, scoreboard, sweeping, sweeps
+from lib import launch, locks, root, runs, scoreboard, sweeping, sweeps
 from lib.__main__ import main
 
 # ------------------------------------------------------------------------------------------------ the book's own
 SIZES = {("semantic-hashing", "smoke"): 36, ("semantic-hashing", "paper"): 36 * 3,
          ("symmetric-learning", "cpu"): 6 * 3, ("symmetric-learning", "smoke"): 4,
          ("vampprior", "paper"): 8, ("vampprior", "smoke"): 4,
-         ("vampprior-likelihood", "paper"): (12 + 6 + 3) * 3 + 2, ("autoencoders", "cpu"): 5 * 3,
+         ("vampprior-likelihood", "paper"): (12 + 6 + 4 + 3) * 3, ("autoencoders", "cpu"): 5 * 3,
          ("celeba", "paper"): 7, ("celeba", "cpu"): 4,
          ("celeba-autoencoders", "paper"): 10, ("disentanglement", "cpu"): 6 * 3,
          ("gmm", "paper"): 5, ("gmm", "smoke"): 1, ("rehearsal", "smoke"): 12}
@@ -108,6 +113,16 @@ def kinds(name="pair", preset="smoke", seeds=None, **options):
     ("[{run: toy, grid: {steps: 3}}]", "sweep bad: `grid` of toy: steps needs a list of values, got 3"),
     ("[{run: toy, grid: [3]}]", "sweep bad: `grid` of toy must name parameters, got [3]"),
     ("[{run: toy, seeds: 0}]", "sweep bad: `seeds` of toy must be a whole number from 1, got 0"),
+    ("[{run: toy, set: {resume: auto}}]",
+     "sweep bad: `set` of toy has resume, which tells no runs apart: leave it out"),
+    ("[{run: toy, grid: {resume: [a, b]}}]", "sweep bad: `grid` of toy has resume, which tells no runs apart"),
+    ("[{run: then, grid: {base: [a/b c, a_b_c]}}]", "sweep bad: runs/then/base=a_b_c would be the folder of two runs, "
+     "python -m lib run then --set 'base=a/b c' and python -m lib run then --set base=a_b_c"),
+    ("[{run: toy}, {run: then, after: {base: [toy]}}]", "sweep bad: then is after ['toy'], which is no earlier part"),
+    ("[]", "notebooks/presets.yml: sweep bad needs `runs`, and `seeds` from 1 if it has any"),
+    ("[{run: toy}], seeds: 0", "notebooks/presets.yml: sweep bad needs `runs`, and `seeds` from 1 if it has any"),
+    ("[{run: toy}], seeds: '3'", "notebooks/presets.yml: sweep bad needs `runs`, and `seeds` from 1 if it has any"),
+    ("[{run: toy}], seeds: null", "notebooks/presets.yml: sweep bad needs `runs`, and `seeds` from 1 if it has any"),
     ("[{set: {steps: 3}}]", "sweep bad: a part has no `run`, the notebook: {'set': {'steps': 3}}"),
     ("[{run: toy, after: {base: then}}, {run: then, after: {base: toy}}]",
      "sweep bad: toy is after 'then', which is no earlier part: put it before toy"),
@@ -128,7 +143,7 @@ def test_a_sweep_that_is_wrong_says_so_in_one_sentence(checkout, runs_of_it, sai
     (["piar"], "no sweep 'piar': did you mean 'pair'?"),
     (["pair", "--preset", "papper"], "sweep pair: toy has no preset 'papper': did you mean 'paper'?"),
     (["pair", "--seeds", "0"], "--seeds must be at least 1, got 0"),
-    ([], "name a sweep: pair, grid, fails (--list shows their sizes)"),
+    ([], "name a sweep: pair, grid, alone, fails (--list shows their sizes)"),
     (["pair"], "Snakemake is not installed: `make sweep` installs it into workflow/.venv")])
 def test_what_cannot_be_swept_is_refused(checkout, words, said, capfd, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -146,6 +161,15 @@ def test_the_dry_run_prints_everything_and_runs_nothing(checkout, capsys):
         "   3  to do      python -m lib run then --preset paper --set base=runs/toy/paper-seed=2 --seed 2  (after 1)",
         "pair at paper: 4 runs: 1 done, 3 to do"]
     assert [path.name for path in (checkout / "runs").iterdir()] == ["toy"]
+
+
+def test_make_quotes_what_it_passes_on_and_takes_0_for_no():
+    def said(*words):
+        told = subprocess.run(["make", "-n", "sweep", *words], cwd=root(), capture_output=True, text=True).stdout
+        return " ".join(told[told.index("-m lib sweep"):].replace("\\\n", " ").split())
+    assert said("NAME=gmm", "PROFILE=my own/profile", "DRY=0", "AGAIN=0", "GPUS=0", "TIMEOUT=9") == (
+        "-m lib sweep 'gmm' --preset 'smoke' --profile 'my own/profile' --gpus '0' --timeout '9'")
+    assert said("NAME=gmm", "DRY=1", "AGAIN=1").endswith("--again --dry-run") and "--list" in said()
 
 
 # ------------------------------------------------------------------------------------------------ states
@@ -205,6 +229,19 @@ def test_an_interrupted_run_goes_on_only_with_its_own_parameters(checkout):
     assert sweeps.states(sweep)[1] == sweeps.State("to do")
 
 
+def test_a_checkpoint_of_other_code_goes_on_and_says_so(checkout):
+    one = sweeps.load("pair")(0)
+    now = {"commit": git(checkout, "rev-parse", "HEAD").strip(), "dirty": False}
+    for parts, said in (([], "goes on from its checkpoint"), ([now], "goes on from its checkpoint"),
+                        ([now, now | {"dirty": True}],
+                         "goes on from its checkpoint, which is of other code: uncommitted changes")):
+        begun(checkout, one, one.values)
+        meta = {"meta": json.dumps({"made_by": parts})}
+        (checkout / one.folder / "latest.safetensors").write_bytes(save({"weight": torch.zeros(1)}, meta))
+        assert sweeps.states(sweeps.load("pair"))[0] == sweeps.State("to do", said)
+    assert sweeps.states(sweeps.load("pair"), again=True)[0] == sweeps.State("changed", "uncommitted changes")
+
+
 def test_other_code_is_named_and_only_what_the_notebook_imports(checkout):
     put(checkout, sweeps.load("pair", "smoke", 1)(0))
     (checkout / "lib" / "gmm.py").write_text("# another\n")                       # no toy imports it
@@ -242,3 +279,34 @@ def test_what_is_set_aside_is_kept_and_does_not_look_like_a_run(checkout):
     assert len(runs.records("toy", checkout / "runs")) == 1
     with launch._lock(checkout / one.folder), pytest.raises(runs.RunError, match="but a process runs in it: wait"):
         sweeps.set_aside(one)
+
+
+def test_a_folder_is_set_aside_only_while_its_lock_is_held(checkout, monkeypatch):
+    one, rename, held = sweeps.load("pair")(0), Path.rename, []
+    put(checkout, one)
+    monkeypatch.setattr(Path, "rename", lambda path, to: (held.append(launch.running(path)), rename(path, to))[1])
+    sweeps.set_aside(one)
+    assert held == [True]
+
+
+def test_who_waited_for_a_folder_that_is_set_aside_works_in_the_new_one(checkout, monkeypatch):
+    monkeypatch.setattr(locks, "KERNEL_ENDS", 0)
+    one, inside, end = sweeps.load("pair")(0), threading.Event(), threading.Event()
+    put(checkout, one)
+    folder = checkout / one.folder
+
+    def wait():
+        with launch._lock(folder, wait=True):
+            inside.set()
+            end.wait(60)
+    waiting = threading.Thread(target=wait)
+    with launch._lock(folder):
+        waiting.start()
+        assert not inside.wait(1.5)                                   # it has opened the lock that is moved now
+        folder.rename(checkout / "elsewhere")
+    try:
+        assert inside.wait(60)
+        assert launch.running(folder) and not launch.running(checkout / "elsewhere")
+    finally:
+        end.set()
+        waiting.join()
