@@ -7,7 +7,7 @@ import pytest
 from nbformat import v4
 
 import lib
-from lib import integrity, release, runs
+from lib import integrity, provenance, release, runs
 from lib.__main__ import main
 
 
@@ -48,7 +48,7 @@ def book(folder, number="1.5", fresh="2.5", glued="3.5", page="4.5", link="a.htm
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     """A checkout whose committed notebooks are the book's."""
-    for module in (runs, release):
+    for module in (runs, release, provenance):
         monkeypatch.setattr(module, "root", lambda: tmp_path)
     book(tmp_path / "notebooks")
     (tmp_path / "book" / "results").mkdir(parents=True)

@@ -165,7 +165,8 @@ def test_the_dry_run_prints_everything_and_runs_nothing(checkout, capsys):
 
 def test_make_quotes_what_it_passes_on_and_takes_0_for_no():
     def said(*words):
-        told = subprocess.run(["make", "-n", "sweep", *words], cwd=root(), capture_output=True, text=True).stdout
+        told = subprocess.run(["make", "--no-print-directory", "-n", "sweep", *words], cwd=root(), capture_output=True,
+                              text=True).stdout
         return " ".join(told[told.index("-m lib sweep"):].replace("\\\n", " ").split())
     assert said("NAME=gmm", "PROFILE=my own/profile", "DRY=0", "AGAIN=0", "GPUS=0", "TIMEOUT=9") == (
         "-m lib sweep 'gmm' --preset 'smoke' --profile 'my own/profile' --gpus '0' --timeout '9'")
