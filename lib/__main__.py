@@ -23,6 +23,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
+    for add in (_add_run, _add_sweep, _add_records, _add_book):
+        add(actions)
+    return parser
+
+
+def _add_run(actions) -> None:
     run = actions.add_parser("run", help="execute a notebook with parameters into a run folder",
                              description="Execute a notebook with checked parameters. A run that was interrupted "
                              "goes on from its last checkpoint; one that is complete is not repeated without --again.")
@@ -39,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--gpu", action="store_true", help="of several GPUs take one that no other run has taken so")
     run.set_defaults(act=_run)
 
+
+def _add_sweep(actions) -> None:
     sweep = actions.add_parser("sweep", help="run every configuration of a sweep, here or on a cluster",
                                description="Run what is to do of a sweep of notebooks/presets.yml. What is done stays, "
                                "what was interrupted goes on, what has other parameters now is set aside and run anew.")
@@ -54,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--again", action="store_true", help="also run anew what was made by other code")
     sweep.set_defaults(act=_sweep)
 
+
+def _add_records(actions) -> None:
     record = actions.add_parser("record", help="copy complete runs into the book, after checking all of them",
                                 description="Check runs, then copy them into book/results with their checksums; one at "
                                 "the defaults goes to book/smoke, which `verify` runs again.")
@@ -75,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     release.add_argument("--built", metavar="FOLDER", help="compare what is built already, e.g. build/book, instead")
     release.set_defaults(act=_release)
 
+
+def _add_book(actions) -> None:
     known = actions.add_parser("data", help="list the data sets: where they are, licence, how to get them")
     known.add_argument("--fetch", metavar="NAME", help="download one into $VAEBOOK_DATA, or ./data")
     known.set_defaults(act=_data)
@@ -86,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("report", "execute the notebooks and build the HTML"),
                        ("refresh", "renew the committed outputs of the notebooks")):
         actions.add_parser(name, help=text).set_defaults(act=_report if name == "report" else _refresh)
-    return parser
 
 
 def _run(options) -> int:

@@ -8,8 +8,8 @@ size (lib/pairs.py), and by their 95 % interval:
     contradicted  it lies on the other side
     undecided     it contains zero; or there is one pair only, which cannot tell what another seed would do
     not run       there is no such pair
-A claim has a line for each size that was run. Its verdict is that of the first: the one with several pairs and the
-fewest reductions, of these the one with the most pairs. lib/evidence.py draws the rows.
+A claim has a line for each size that was run. Its verdict is that of the first: the one with several pairs that is
+closest to the published size, of these the one with the most pairs. lib/evidence.py draws the rows.
 """
 import re
 from pathlib import Path

@@ -21,10 +21,7 @@ def of_claims(rows: list[dict]) -> str:
 
 def counted(rows: list[dict]) -> str:
     """How many claims of each work have which verdict."""
-    works = [*dict.fromkeys(row["work"] for row in rows)]
-    groups = [(work, [row for row in rows if row["work"] == work]) for work in works] + [("all", rows)]
-    lines = ([work.replace("-", " "), *map(str, claims.counts(own).values()), str(len(own))] for work, own in groups)
-    return _table({"": 25} | {word(verdict): 16 for verdict in claims.VERDICTS} | {"claims": 11}, lines)
+    return _by_work(rows, claims.counts, dict.fromkeys(claims.VERDICTS, 16) | {"claims": 11})
 
 
 def _claim(row: dict) -> list[str]:
@@ -76,10 +73,7 @@ def of_faults(rows: list[dict]) -> str:
 
 def states(rows: list[dict]) -> str:
     """How many faults of each work are in which state."""
-    works = [*dict.fromkeys(row["work"] for row in rows)]
-    groups = [(work, [row for row in rows if row["work"] == work]) for work in works] + [("all", rows)]
-    lines = ([work.replace("-", " "), *map(str, faults.counts(own).values()), str(len(own))] for work, own in groups)
-    return _table({"": 25} | dict(zip(map(word, faults.STATES), (15, 13, 13, 24), strict=True)) | {"faults": 10}, lines)
+    return _by_work(rows, faults.counts, dict(zip(faults.STATES, (15, 13, 13, 24), strict=True)) | {"faults": 10})
 
 
 def _fault(row: dict) -> list[str]:
@@ -96,6 +90,15 @@ def _fault(row: dict) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------ what both show
+def _by_work(rows: list[dict], counts, widths: dict[str, int]) -> str:
+    """How many rows of each work, and of all, have which verdict or state; the last column is their sum."""
+    works = [*dict.fromkeys(row["work"] for row in rows)]
+    groups = [(work, [row for row in rows if row["work"] == work]) for work in works] + [("all", rows)]
+    lines = ([work.replace("-", " "), *map(str, counts(own).values()), str(len(own))] for work, own in groups)
+    heads = {word(name) if name in SYMBOLS else name: width for name, width in widths.items()}
+    return _table({"": 25} | heads, lines)
+
+
 def _line(line: Line, test: dict, sizes: list[tuple], effect=None, verdict: str = "") -> str:
     """One size: the number and its unit, its verdict; what n counts, the effect size, the size, the runs."""
     text = _mean(line).replace(" ", "\N{NO-BREAK SPACE}")

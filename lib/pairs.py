@@ -139,8 +139,7 @@ def matches(test: dict, record: dict) -> bool:
     """Whether a record is of the test's experiment and has the parameters of its `where`."""
     if record["experiment"] != test["experiment"]:
         return False
-    own = record.get("dataset")                                            # of a chain: of its first run
-    known = ({"dataset": own["name"]} if own else {}) | record["parameters"]
+    known = runs.known(record)
     return all(any(_same(known.get(name), one) for one in (value if isinstance(value, list) else [value]))
                for name, value in test.get("where", {}).items())
 

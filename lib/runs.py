@@ -364,6 +364,12 @@ def records(experiment: str | None = None, folder: Path | None = None) -> list[d
     return [read(path) | {"path": str(path.parent.relative_to(folder))} for path in paths]
 
 
+def known(record: dict) -> dict:
+    """What a record can be asked by: its parameters and `dataset`, its data's name (of a chain, its first run's)."""
+    own = record.get("dataset")
+    return ({"dataset": own["name"]} if own else {}) | record["parameters"]
+
+
 def table(found: list[dict], metrics: list[str], by: list[str]):
     """Runs as a pandas DataFrame: mean and 95 % interval over seeds of each metric, a row for each setting.
 

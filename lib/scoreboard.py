@@ -275,8 +275,7 @@ def _interval(row: dict, metrics: list[dict]) -> tuple[Interval, str, str]:
 def _matches(row: dict, record: dict) -> bool:
     if record["experiment"] != row["experiment"]:
         return False
-    own = record.get("dataset")                                            # of a chain: of its first run
-    known = ({"dataset": own["name"]} if own else {}) | record["parameters"]
+    known = runs.known(record)
     for name in row["where"]:
         if name not in known:
             names = ", ".join(sorted(known))

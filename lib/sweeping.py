@@ -73,12 +73,7 @@ def run(sweep: sweeps.Sweep, profile: str = "local", cores: int | None = None, n
     with _head(work):
         before = sweeps.states(sweep, again)
         for one, state in zip(sweep, before, strict=True):
-            if state.kind == "other code":
-                print(f"{one.folder} stays, though made by other code ({state.why}); --again runs it anew")
-            if state.kind == "to do" and state.why:
-                print(f"{one.folder} {state.why}")
-            if state.kind == "changed":
-                print(f"{one.folder}: {state.why}; set aside as {sweeps.set_aside(one)}")
+            _prepare(one, state)
         left = [one for one, state in zip(sweep, before, strict=True) if not state.stays]
         logs = {one.folder: _size(root() / one.folder / LOG) for one in left}
         print(f"{sweep.name} at {sweep.preset}: {len(sweep)} runs, {len(left)} to do", flush=True)
@@ -132,6 +127,16 @@ def _head(work: Path):
         file.write(f"{os.uname().nodename}, process {os.getpid()}")
         file.flush()
         yield
+
+
+def _prepare(one: sweeps.Configuration, state: sweeps.State) -> None:
+    """Set aside a run that is to be made again; say so, or what else is to be known of it."""
+    if state.kind == "other code":
+        print(f"{one.folder} stays, though made by other code ({state.why}); --again runs it anew")
+    if state.kind == "to do" and state.why:
+        print(f"{one.folder} {state.why}")
+    if state.kind == "changed":
+        print(f"{one.folder}: {state.why}; set aside as {sweeps.set_aside(one)}")
 
 
 def _size(path: Path) -> int:

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import toy_checkout
+from toy import taken_for_checkout, toy_checkout
 
 import lib
 from lib import evaluate, launch, replicas, runs, train
@@ -75,12 +75,7 @@ def template(tmp_path_factory):
 def checkout(template, tmp_path, monkeypatch):
     """A fresh copy that this process and its kernels take for the checkout."""
     folder = shutil.copytree(template, tmp_path / "checkout")
-    for module in (runs, launch):
-        monkeypatch.setattr(module, "root", lambda: folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    for name in ("VAEBOOK_RUN", "VAEBOOK_PRESET"):
-        monkeypatch.delenv(name, raising=False)
-    return folder
+    return taken_for_checkout(folder, monkeypatch)
 
 
 def record(folder):

@@ -3,7 +3,7 @@ import json
 import math
 
 import pytest
-from toy import toy_checkout, toy_record
+from toy import taken_for_checkout, toy_checkout, toy_record
 
 from lib import execute, integrity, launch, runs, verify
 from lib.__main__ import main
@@ -29,12 +29,7 @@ HAD = {"steps": 3, "seed": 1, "kernel": "imq", "resume": "auto", "device": "cpu"
 def checkout(tmp_path, monkeypatch):
     """A checkout with the toy's notebook."""
     folder = toy_checkout(tmp_path / "checkout", TOY, "toy:\n  paper: {steps: 30}\n")
-    for module in (runs, launch):
-        monkeypatch.setattr(module, "root", lambda: folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    for name in ("VAEBOOK_RUN", "VAEBOOK_PRESET"):
-        monkeypatch.delenv(name, raising=False)
-    return folder
+    return taken_for_checkout(folder, monkeypatch)
 
 
 @pytest.fixture

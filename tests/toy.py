@@ -5,6 +5,7 @@ import nbformat
 from nbformat import v4
 
 import lib
+from lib import launch, runs
 
 
 def toy_checkout(folder, sources, presets, without=()):
@@ -16,6 +17,16 @@ def toy_checkout(folder, sources, presets, without=()):
     metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     nbformat.write(v4.new_notebook(cells=cells, metadata=metadata), folder / "notebooks" / "toy.ipynb")
     (folder / "notebooks" / "presets.yml").write_text(presets)
+    return folder
+
+
+def taken_for_checkout(folder, monkeypatch):
+    """The folder, which this process and its kernels then take for the checkout."""
+    for module in (runs, launch):
+        monkeypatch.setattr(module, "root", lambda: folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    for name in ("VAEBOOK_RUN", "VAEBOOK_PRESET"):
+        monkeypatch.delenv(name, raising=False)
     return folder
 
 
