@@ -12,6 +12,15 @@ def root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+def read_yaml(path: Path, error: type[BookError]):
+    """What a YAML file holds; raises `error`, which names the file, if it cannot be read."""
+    import yaml
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as why:
+        raise error(f"{path.name} cannot be read: {' '.join(str(why).split())}") from None
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a reader, a crash or a full disk never leaves half of it: write, fsync, rename.
 

@@ -14,9 +14,7 @@ closest to the published size, of these the one with the most pairs. lib/evidenc
 import re
 from pathlib import Path
 
-import yaml
-
-from lib import BookError, intervals, pairs, root
+from lib import BookError, intervals, pairs, read_yaml, root
 
 VERDICTS = ("supported", "contradicted", "undecided", "not run")
 REQUIRED = ("id", "name", "work", "claim", "claimed", "test")
@@ -32,10 +30,7 @@ class ClaimsError(BookError):
 def load(path: Path | None = None) -> list[dict]:
     """The claims of a file, by default the book's. ClaimsError if it cannot be read or is no list of claims."""
     path = path or root() / "book" / "claims.yml"
-    try:
-        claims = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ClaimsError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from None
+    claims = read_yaml(path, ClaimsError)
     if not isinstance(claims, list) or not claims:
         raise ClaimsError(f"{path.name} must be a list of claims, got {claims!r}")
     return claims

@@ -8,9 +8,7 @@ so that the difference is what the fault adds. Nothing is judged. lib/evidence.p
 import re
 from pathlib import Path
 
-import yaml
-
-from lib import BookError, pairs, root, runs
+from lib import BookError, pairs, read_yaml, root, runs
 
 NUMBERS = range(1, 18)                # of the list of known faults
 REQUIRED = ("n", "work", "kind", "fault", "original", "here")
@@ -27,10 +25,7 @@ class FaultsError(BookError):
 def load(path: Path | None = None) -> list[dict]:
     """The faults of a file, by default the book's. FaultsError if it cannot be read or is no list."""
     path = path or root() / "book" / "faults.yml"
-    try:
-        faults = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FaultsError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from None
+    faults = read_yaml(path, FaultsError)
     if not isinstance(faults, list):
         raise FaultsError(f"{path.name} must be a list of faults, got {faults!r}")
     return faults

@@ -19,9 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
-from lib import BookError, intervals, root, runs
+from lib import BookError, intervals, read_yaml, root, runs
 from lib.intervals import Interval
 from lib.runs import HOUSEKEEPING, shortfall
 
@@ -55,10 +54,7 @@ def _is_number(value) -> bool:
 def load(path: Path | None = None) -> dict:
     """The published numbers as {section: {...}}, by default the book's. ScoreboardError if unreadable."""
     path = path or root() / "book" / "published.yml"
-    try:
-        published = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ScoreboardError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from None
+    published = read_yaml(path, ScoreboardError)
     _require(published, (), path.name)
     return published
 
