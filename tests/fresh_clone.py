@@ -2,7 +2,10 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
+
+import psutil
 
 import lib
 
@@ -33,3 +36,20 @@ def environment(checkout: Path) -> dict:
     left_out = {"VAEBOOK_RUN", "VAEBOOK_PRESET", "CUDA_VISIBLE_DEVICES"}
     return {name: value for name, value in os.environ.items() if name not in left_out} | {
         "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+
+
+def ended(processes, seconds: float = 60) -> bool:
+    """Whether all psutil processes end within the time; one that nobody has reaped yet (a zombie) has ended."""
+    end = time.monotonic() + seconds
+    while any(map(_runs, processes)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _runs(process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

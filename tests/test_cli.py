@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+from fresh_clone import ended
 from toy import toy_checkout, toy_record
 
 import lib
@@ -315,7 +316,7 @@ def test_one_folder_one_process_and_an_interrupt_leaves_nothing_behind(checkout,
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
     assert err == "interrupted: `run` goes on from its last checkpoint when repeated\n"
-    assert not psutil.wait_procs(kernels, timeout=60)[1] and unfinished(folder)
+    assert ended(kernels) and unfinished(folder)
 
 
 def test_a_killed_command_leaves_no_kernel_and_no_lock(checkout, succeeds):
@@ -325,7 +326,7 @@ def test_a_killed_command_leaves_no_kernel_and_no_lock(checkout, succeeds):
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate(timeout=120)
-    assert len(kernels) == 1 and not psutil.wait_procs(kernels, timeout=60)[1]
+    assert len(kernels) == 1 and ended(kernels)
     with launch._lock(folder):
         pass
 

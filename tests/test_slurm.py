@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from fresh_clone import environment, fresh_clone
+from fresh_clone import ended, environment, fresh_clone
 
 import lib
 from lib import checkpoint
@@ -171,8 +171,7 @@ def test_a_sweep_with_a_chain_survives_a_killed_job_a_dead_node_and_a_killed_hea
     before = len(sweep.results())
     head.send_signal(signal.SIGKILL)
     head.wait()
-    psutil.wait_procs(children, timeout=20)
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert ended(children, 20)
     orphans = squeue()
     states = " ".join(sorted(state for _, state in orphans))
     sweep.say(f"{before} of 12 done; the head is killed (-9), Snakemake with it; left in the queue: {states}")

@@ -13,7 +13,7 @@ import time
 
 import psutil
 import pytest
-from fresh_clone import environment
+from fresh_clone import ended, environment
 from small_sweep import commit, edit, put, sweep_checkout
 from toy import toy_record
 
@@ -270,10 +270,6 @@ def until(condition, what, seconds=120):
         time.sleep(0.05)
 
 
-def gone(processes, seconds=60):
-    return not psutil.wait_procs(processes, timeout=seconds)[1]
-
-
 def test_a_killed_head_takes_snakemake_along_and_an_interrupted_one_ends_it(checkout, fake):
     fake({one.folder: "well" for one in sweeps.load("pair")}, seconds=1000)
     for how, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)):
@@ -283,7 +279,7 @@ def test_a_killed_head_takes_snakemake_along_and_an_interrupted_one_ends_it(chec
         time.sleep(1)
         head.send_signal(how)
         out, _ = head.communicate(timeout=60)
-        assert gone(children) and head.returncode == code, out
+        assert ended(children) and head.returncode == code, out
         shutil.rmtree(checkout / "runs" / "toy", ignore_errors=True)
 
 
@@ -311,14 +307,14 @@ def test_two_processes_of_one_run_make_one_result(checkout):
     assert (checkout / "made").read_text() == "toy 1 \n"
 
 
-def test_who_waits_begins_when_the_kernel_of_a_killed_process_is_gone(checkout):
+def test_who_waits_begins_when_the_kernel_of_a_killed_process_is_ended(checkout):
     first = launched(checkout, "run", "toy", "--set", "seconds=1000")
     kernels = []
     until(lambda: kernels.extend(psutil.Process(first.pid).children()) or kernels, "its kernel")
     time.sleep(3)                                                     # it looks after its parent by now
     threading.Timer(0.5, first.kill).start()
     with launch._lock(checkout / "runs" / "toy" / "seconds=1000.0", wait=True):
-        assert gone(kernels, 0)
+        assert ended(kernels, 0)
     first.communicate(timeout=20)
 
 
@@ -374,13 +370,13 @@ def test_a_sweep_goes_on_after_its_worker_and_its_head_are_killed(snakemake):
     children, orphans = psutil.Process(head.pid).children(), workers()
     head.kill()
     told = head.communicate(timeout=60)[0]
-    assert gone(children) and any(process.is_running() for process in orphans)
+    assert ended(children) and any(process.is_running() for process in orphans)
     say(f"kill -9 of the head, which had said:\n{told}")
     head = launched(snakemake, *words)
     told = head.communicate(timeout=300)[0]
     say(f"the next head:\n{told}")
     assert head.returncode == 0 and "6 of 6 runs are done" in told
-    assert gone(orphans)
+    assert ended(orphans)
     results = [runs.read(path) for path in snakemake.glob("runs/*/*/results.json")]
     assert len({(one["experiment"], one["seed"]) for one in results}) == len(results) == 6
     made = (snakemake / "made").read_text().splitlines()
