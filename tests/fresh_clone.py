@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 import lib
 
@@ -36,6 +37,11 @@ def environment(checkout: Path) -> dict:
     left_out = {"VAEBOOK_RUN", "VAEBOOK_PRESET", "CUDA_VISIBLE_DEVICES"}
     return {name: value for name, value in os.environ.items() if name not in left_out} | {
         "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+
+
+def skip_without_snakemake() -> None:
+    if not (lib.root() / "workflow" / ".venv" / "bin" / "snakemake").is_file():
+        pytest.skip("Snakemake is not installed: `make sweep NAME=gmm` installs it into workflow/.venv")
 
 
 def ended(processes, seconds: float = 60) -> bool:

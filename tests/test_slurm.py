@@ -17,9 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from fresh_clone import ended, environment, fresh_clone
+from fresh_clone import ended, environment, fresh_clone, skip_without_snakemake
 
-import lib
 from lib import checkpoint
 
 pytestmark = pytest.mark.slurm
@@ -40,8 +39,7 @@ def slurm(tmp_path):
     if os.path.exists("/etc/slurm/slurm.conf"):                # not so the dangling link of a killed test
         pytest.skip("this machine has a Slurm (/etc/slurm/slurm.conf); what a killed test left is ended by "
                     "`tests/slurm.sh stop FOLDER`, the folder that this links to")
-    if not (lib.root() / "workflow" / ".venv" / "bin" / "snakemake").is_file():
-        pytest.skip("Snakemake is not installed: make sweep NAME=gmm DRY= installs it into workflow/.venv")
+    skip_without_snakemake()
     folder = tmp_path / "slurm"
     try:
         subprocess.run([SCRIPT, "start", folder], check=True)

@@ -13,7 +13,7 @@ import time
 
 import psutil
 import pytest
-from fresh_clone import ended, environment
+from fresh_clone import ended, environment, skip_without_snakemake
 from small_sweep import commit, edit, put, sweep_checkout
 from toy import toy_record
 
@@ -329,10 +329,8 @@ def test_two_runs_at_once_have_a_gpu_each(checkout, tmp_path, monkeypatch):
 @pytest.fixture
 def snakemake(checkout):
     """The checkout with the real Snakemake."""
-    own = lib.root() / "workflow" / ".venv"
-    if not (own / "bin" / "snakemake").is_file():
-        pytest.skip("Snakemake is not installed: `make sweep NAME=gmm` installs it into workflow/.venv")
-    (checkout / "workflow" / ".venv").symlink_to(own)
+    skip_without_snakemake()
+    (checkout / "workflow" / ".venv").symlink_to(lib.root() / "workflow" / ".venv")
     return checkout
 
 
