@@ -39,7 +39,11 @@ def listing() -> str:
 
 
 def described(sweep: sweeps.Sweep, again: bool = False) -> str:
-    """Every configuration with its index, state and command, and their numbers, as text."""
+    """Every configuration with its index, state and command, and their numbers, as text.
+
+    again: as by `run`, which raises the same RunError.
+    """
+    _check_again(again)
     states, lines = sweeps.states(sweep, again), []
     for one, state in zip(sweep, states, strict=True):
         why = {"other code": f"{state.why}; it stays, --again runs it anew",
@@ -50,6 +54,12 @@ def described(sweep: sweeps.Sweep, again: bool = False) -> str:
     kinds = [state.kind for state in states]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     return "\n".join([*lines, f"{sweep.name} at {sweep.preset}: {len(sweep)} runs: {counts}"])
+
+
+def _check_again(again: bool) -> None:
+    if again and provenance.git_state()["dirty"]:
+        raise runs.RunError("--again repeats what other code made, and uncommitted changes are other code for ever: "
+                            "commit first")
 
 
 def run(sweep: sweeps.Sweep, profile: str = "local", cores: int | None = None, n_gpus: int | None = None,
@@ -64,9 +74,7 @@ def run(sweep: sweeps.Sweep, profile: str = "local", cores: int | None = None, n
     if not timeout > 0 or (cores is not None and cores < 1) or (n_gpus is not None and n_gpus < 0):
         raise runs.RunError(f"--timeout and --cores must be positive and --gpus not negative, got {timeout:g}, {cores} "
                             f"and {n_gpus}")
-    if again and provenance.git_state()["dirty"]:
-        raise runs.RunError("--again repeats what other code made, and uncommitted changes are other code for ever: "
-                            "commit first")
+    _check_again(again)
     program, options = _snakemake(), _options(profile, cores, n_gpus)
     work = root() / "runs" / ".sweeps" / f"{sweep.name}-{sweep.preset}"
     work.mkdir(parents=True, exist_ok=True)

@@ -142,9 +142,10 @@ def test_other_code_stays_and_is_said_to_unless_it_is_to_be_run_anew(checkout, f
     out = capsys.readouterr().out
     assert out.startswith("runs/toy/default stays, though made by other code (lib/runs.py); --again runs it anew\n")
     assert "1 to do" in out
-    assert main(["sweep", "pair", "--again"]) == 1            # it would repeat everything each time
-    assert capsys.readouterr() == ("", "error: --again repeats what other code made, and uncommitted changes are other "
-                                       "code for ever: commit first\n")
+    for words in ([], ["--dry-run"]):
+        assert main(["sweep", "pair", "--again", *words]) == 1    # it would repeat everything each time
+        assert capsys.readouterr() == ("", "error: --again repeats what other code made, and uncommitted changes are "
+                                           "other code for ever: commit first\n")
     commit(checkout)
     assert main(["sweep", "pair", "--again"]) == 0
     assert "runs/toy/default: lib/runs.py; set aside as" in capsys.readouterr().out
