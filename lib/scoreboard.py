@@ -6,9 +6,10 @@ Pure functions. `flatten` turns the file into rows, `score` joins them with run 
     reproduced       full-size runs within the stated tolerance, and in the claimed order where both were run
     direction holds  not that, but in every claimed order that was run at the same size
     not reproduced   neither
-    not run          no recorded run, or only a reduced one and no order to check
+    undecided        neither, of reduced runs: no order to check, or one that they leave open
+    not run          no recorded run
 "Order" asks that the 95 % interval of the difference excludes 0: Student's over the seeds that both sides were run
-with, else of two independent means, by both sides' own intervals; without those it is undecided. Where only a
+with, else of two independent means, by both sides' own intervals; without those it is open. Where only a
 template's stand-in was measured, such as another Frechet distance for the FID, nothing but the order is judged, between
 rows that the same stand-in measured; such a row is never "reproduced". The file explains its templates; lib/front.py
 and lib/tables.py draw the rows.
@@ -24,7 +25,7 @@ from lib import BookError, intervals, read_yaml, root, runs
 from lib.intervals import Interval
 from lib.runs import HOUSEKEEPING, shortfall
 
-VERDICTS = ("reproduced", "direction holds", "not reproduced", "not run")
+VERDICTS = ("reproduced", "direction holds", "not reproduced", "undecided", "not run")
 SECTION = ("title", "work", "source")
 REQUIRED = ("published", "experiment", "metric", "unit", "tolerance")
 OPTIONAL = ("where", "order", "resolution", "source", "pivot", "stand_in", "error")
@@ -349,7 +350,7 @@ def _judge(row: dict, by_key: dict) -> tuple[str, str]:
         return "not run", "no recorded run"
     holds, fails, open_ = orders = _orders(row, by_key)
     if row["by"]:
-        verdict, why = _direction(*orders, row["size"]) if any(orders) else ("not run", "no order to check")
+        verdict, why = _direction(*orders, row["size"]) if any(orders) else ("undecided", "no order to check")
         return verdict, f"by {row['by']}, which is not comparable with {row['unit']}: {why}"
     off = f"off by {abs(row['deviation']):.3g}"
     if row["size"] == "full":
@@ -378,11 +379,11 @@ def _orders(row: dict, by_key: dict) -> tuple[list, list, list]:
 
 def _direction(holds: list, fails: list, open_: list, size: str) -> tuple[str, str]:
     """(verdict, why) by the claims alone."""
-    without = "not reproduced" if size == "full" else "not run"
+    without = "not reproduced" if size == "full" else "undecided"
     if fails:
         return "not reproduced", f"against {_listed(fails)}"
     if open_:
-        return without, f"undecided {_listed(open_)}"
+        return without, f"open: {_listed(open_)}"
     if holds:
         return "direction holds", _listed(holds)
     return without, "" if size == "full" else "only at reduced size, no order to check"

@@ -11,7 +11,7 @@ import pandas as pd
 from lib.intervals import Interval
 from lib.scoreboard import PATH, VERDICTS, counts
 
-SYMBOLS = dict(zip(VERDICTS, "✓↗✗○", strict=True))
+SYMBOLS = dict(zip(VERDICTS, "✓↗✗?○", strict=True))
 COLUMNS = ("", "published", "obtained", "size", "verdict", "why")
 
 

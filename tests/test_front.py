@@ -136,7 +136,7 @@ def test_as_text_each_number_has_a_line_and_the_counts_come_last():
     assert len(lines) == 8
     assert re.fullmatch(r"✓ reproduced +toy\.elbo\.before +−3\.37 +−3\.380 ± 0\.020 n=100 items +nats", lines[0])
     assert re.fullmatch(r"○ not run +toy\.spread\.x +−84\.45 ± 0\.12 +– +nats", lines[-2])
-    assert lines[-1] == "7 published numbers: 2 reproduced, 0 direction holds, 0 not reproduced, 5 not run"
+    assert lines[-1] == "7 published numbers: 2 reproduced, 0 direction holds, 0 not reproduced, 0 undecided, 5 not run"
 
 
 # ---------------------------------------------------------------------------------- recorded runs, and links to them

@@ -153,7 +153,7 @@ def test_reduced_runs_are_never_reproduced():
     assert found["elbo.before"]["verdict"] == "direction holds"
     assert found["elbo.before"]["size"] == "reduced: steps 3 instead of 10"
     found = rows(record(experiment="other", reduced=short, ll=-84.45))
-    assert found["spread.x"]["verdict"] == "not run"
+    assert found["spread.x"]["verdict"] == "undecided"
     assert "reduced" in found["spread.x"]["why"]
 
 
@@ -178,14 +178,14 @@ def test_a_difference_whose_interval_contains_0_is_no_direction():
     close = {"elbo_before": (-4.0, 0.036), "elbo_after": (-3.9, 0.036)}
     row = rows(record(**close))["elbo.after"]
     assert row["verdict"] == "not reproduced"
-    assert row["why"] == "undecided after > before: 0.10 ± 0.10 (one run each); off by 0.6, tolerance 0.04"
+    assert row["why"] == "open: after > before: 0.10 ± 0.10 (one run each); off by 0.6, tolerance 0.04"
 
 
 @pytest.mark.parametrize("errors", [(None, None), (None, 0.01), (0.01, None)])
-def test_an_order_is_undecided_where_an_error_is_unknown(errors):
+def test_an_order_is_open_where_an_error_is_unknown(errors):
     row = rows(record(elbo_before=(-4.0, errors[0]), elbo_after=(-3.0, errors[1])))["elbo.before"]
     assert row["verdict"] == "not reproduced"
-    assert row["why"].startswith("undecided after > before: 1.0000 (one run each, no interval); off by")
+    assert row["why"].startswith("open: after > before: 1.0000 (one run each, no interval); off by")
     found = rows(record(elbo_before=(-3.37, errors[0]), elbo_after=(-3.3, errors[1])))
     assert found["elbo.before"]["verdict"] == found["elbo.after"]["verdict"] == "not reproduced"
 
@@ -198,7 +198,7 @@ def test_seeds_that_are_not_shared_are_compared_as_independent_means():
         return rows(*own, published=changed(where={"side": "{stage}"}))["elbo.after"]
 
     assert found(-3.6)["why"].startswith("after > before: 0.40 ± 0.35 (unpaired)")
-    assert found(-3.7)["why"].startswith("undecided after > before: 0.30 ± 0.35 (unpaired)")
+    assert found(-3.7)["why"].startswith("open: after > before: 0.30 ± 0.35 (unpaired)")
 
 
 def test_order_is_judged_seed_by_seed():
@@ -208,7 +208,7 @@ def test_order_is_judged_seed_by_seed():
     assert same["elbo.after"]["verdict"] == "direction holds"
     assert same["elbo.after"]["why"].startswith("after > before: 0.01020 ± 0.00025 (3 seeds); ")
     two = rows(*(record(seed=s, elbo_before=v, elbo_after=v + s / 10) for s, v in list(spread.items())[:2]))
-    assert two["elbo.after"]["why"].startswith("undecided after > before: 0.15 ± 0.64 (2 seeds)")
+    assert two["elbo.after"]["why"].startswith("open: after > before: 0.15 ± 0.64 (2 seeds)")
     mixed = rows(*(record(seed=s, elbo_before=v, elbo_after=v + 0.01 * (s - 1)) for s, v in spread.items()))
     assert mixed["elbo.after"]["verdict"] == "not reproduced"
 
@@ -229,7 +229,7 @@ def test_order_is_not_compared_between_sizes():
     found = rows(grid("e1", 8, 60), grid("e2", 8, 50, reduced=["steps 1 instead of 2"]))
     assert found["test.d0.e1.8"]["verdict"] == "not reproduced"
     assert "e1 < e2" not in found["test.d0.e1.8"]["why"]
-    assert found["test.d0.e2.8"]["verdict"] == "not run"
+    assert found["test.d0.e2.8"]["verdict"] == "undecided"
     found = rows(grid("e1", 64, (33, 1)), grid("e2", 64, (46, 1)))
     assert found["test.d0.e1.64"]["verdict"] == found["test.d0.e2.64"]["verdict"] == "reproduced"
     assert found["test.d0.e1.64"]["tolerance"] == pytest.approx(3)
@@ -406,6 +406,7 @@ def test_tables_say_verdicts_in_words_and_escape():
         "reproduced": 3,
         "direction holds": 0,
         "not reproduced": 0,
+        "undecided": 0,
         "not run": 4,
     }
 

@@ -64,15 +64,15 @@ def test_a_stand_in_is_never_reproduced_however_close():
     assert {row["verdict"] for key, row in found.items() if ".a_" in key} == {"direction holds"}
     assert not any("tolerance" in row["why"] or "off by" in row["why"] for row in found.values())
     row = pictures(picture("old", 37.8, data="b", reduced=()))["fid.b_x.old.first"]
-    assert (row["verdict"], row["why"]) == ("not run", "by CFD, which is not comparable with FID: no order to check")
+    assert (row["verdict"], row["why"]) == ("undecided", "by CFD, which is not comparable with FID: no order to check")
 
 
 def test_the_order_by_a_stand_in_can_fail_or_be_open():
     found = pictures(picture("old", (10, 0.1), (20, 3)), picture("new", (12, 0.1), (18, 3)))
     assert found["fid.a_x.new.first"]["verdict"] == "not reproduced"
     assert found["fid.a_x.new.first"]["why"].endswith("FID: against new < old: −2.00 ± 0.28 (one run each)")
-    assert found["fid.a_x.new.last"]["verdict"] == "not run"
-    assert found["fid.a_x.new.last"]["why"].endswith("FID: undecided new < old: 2.0 ± 8.4 (one run each)")
+    assert found["fid.a_x.new.last"]["verdict"] == "undecided"
+    assert found["fid.a_x.new.last"]["why"].endswith("FID: open: new < old: 2.0 ± 8.4 (one run each)")
     found = pictures(picture("old", 20, (20, 3), reduced=()), picture("new", 10, (18, 3), reduced=()))
     assert found["fid.a_x.new.last"]["verdict"] == "not reproduced"
 
@@ -98,7 +98,7 @@ def test_the_order_by_a_stand_in_is_judged_seed_by_seed():
 )
 def test_a_stand_in_is_compared_with_its_like_only(other):
     found = pictures(picture("old", 2, 2), other)
-    assert found["fid.a_x.old.first"]["verdict"] == "not run"
+    assert found["fid.a_x.old.first"]["verdict"] == "undecided"
     assert found["fid.a_x.old.first"]["why"].endswith("FID: no order to check")
     assert "new < old" not in found["fid.a_x.new.first"]["why"]
 
@@ -109,7 +109,7 @@ def test_a_stand_in_without_an_instrument_is_not_compared_with_the_metric_either
     found = rows(picture("old", (2, 0.1), 2), picture("new", (1, 0.1), 1, accuracy=0.5), published=published)
     assert found["fid.a_x.old.first"]["verdict"] == "direction holds"
     found = rows(picture("old", 2, 2), picture("new", 1, 1, fid=1), published=published)
-    assert found["fid.a_x.old.first"]["verdict"] == found["fid.a_x.new.first"]["verdict"] == "not run"
+    assert found["fid.a_x.old.first"]["verdict"] == found["fid.a_x.new.first"]["verdict"] == "undecided"
 
 
 def test_a_measured_metric_closer_to_the_published_size_replaces_the_stand_in():
