@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from sphinx.util.matching import Matcher
 
 from lib import root, scoreboard
 
@@ -37,6 +39,13 @@ def _texts():
         words = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
         texts[path.name] = "\n".join(words)
     return texts
+
+
+@pytest.mark.parametrize("folder", [".venv", "workflow/.venv", "runs/toy/default", "build/book"])
+def test_what_is_made_beside_the_pages_is_no_page(folder):
+    """Environments hold licences in Markdown: `jupyter-book build .` would warn of each."""
+    excluded = Matcher(yaml.safe_load((root() / "_config.yml").read_text())["exclude_patterns"])
+    assert any(map(excluded, [folder, *map(str, Path(folder).parents)])) and not excluded("book/methods.md")
 
 
 def test_table_of_contents_and_pages_agree():
