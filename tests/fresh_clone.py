@@ -1,7 +1,9 @@
 """Not a test: the working tree as a clean checkout elsewhere, for the tests that run many processes in it."""
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,6 +44,22 @@ def environment(checkout: Path) -> dict:
 def skip_without_snakemake() -> None:
     if not (lib.root() / "workflow" / ".venv" / "bin" / "snakemake").is_file():
         pytest.skip("Snakemake is not installed: `make sweep NAME=gmm` installs it into workflow/.venv")
+
+
+def launched(checkout: Path, *words: str, stderr: int = subprocess.STDOUT) -> subprocess.Popen:
+    """`python -m lib` of a checkout as a process that heeds an interrupt, which a shell has it ignore in background."""
+    def heed():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-m", "lib", *words], cwd=checkout, text=True, env=environment(checkout),
+                            preexec_fn=heed, stdout=subprocess.PIPE, stderr=stderr)
+
+
+def until(condition, what: str, seconds: float = 120) -> None:
+    """Return once the condition holds; fail after the time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.05)
 
 
 def ended(processes, seconds: float = 60) -> bool:

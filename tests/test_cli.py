@@ -7,12 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import psutil
 import pytest
-from fresh_clone import ended
+from fresh_clone import ended, launched, until
 from toy import toy_checkout, toy_record
 
 import lib
@@ -285,29 +283,16 @@ def test_training_that_diverges_ends_a_run(checkout, fails):
 
 
 # ------------------------------------------------------------------------------------------------ real processes
-def launched(checkout, *words):
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # noqa: E731   (in the background shells ignore it)
-    return subprocess.Popen([sys.executable, "-m", "lib", *words], cwd=checkout, text=True, preexec_fn=heed,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 def test_a_real_command_line_fails_in_one_line(checkout):
-    process = launched(checkout, "run", "toy", "--set", "stesp=3")
+    process = launched(checkout, "run", "toy", "--set", "stesp=3", stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (1, "", "error: toy has no parameter 'stesp': did you mean 'steps'?\n")
 
 
 def test_one_folder_one_process_and_an_interrupt_leaves_nothing_behind(checkout, fails):
     folder = checkout / "runs" / "toy" / "how=sleep"
-    process = launched(checkout, "run", "toy", "--set", "how=sleep")
-    wait_for((folder / "attempts").exists)
+    process = launched(checkout, "run", "toy", "--set", "how=sleep", stderr=subprocess.PIPE)
+    until((folder / "attempts").exists, "the kernel")
     said = fails("run", "toy", "--set", "how=sleep", "--timeout", 20)
     assert said == "another process runs in runs/toy/how=sleep: wait for it or choose --out"
     kernels = psutil.Process(process.pid).children(recursive=True)
@@ -321,8 +306,8 @@ def test_one_folder_one_process_and_an_interrupt_leaves_nothing_behind(checkout,
 
 def test_a_killed_command_leaves_no_kernel_and_no_lock(checkout, succeeds):
     folder = checkout / "runs" / "toy" / "how=sleep"
-    process = launched(checkout, "run", "toy", "--set", "how=sleep")
-    wait_for((folder / "attempts").exists)
+    process = launched(checkout, "run", "toy", "--set", "how=sleep", stderr=subprocess.PIPE)
+    until((folder / "attempts").exists, "the kernel")
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate(timeout=120)

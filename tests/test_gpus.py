@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from fresh_clone import until
 
 from lib import BookError, gpus, locks
 
@@ -36,13 +37,6 @@ def worker(folder, name, seconds):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 def test_many_runs_share_two_gpus_and_no_two_the_same(tmp_path):
     workers = [worker(tmp_path, f"run-{i}", 0.2) for i in range(8)]
     said = [process.communicate(timeout=120)[0] for process in workers]
@@ -53,7 +47,7 @@ def test_many_runs_share_two_gpus_and_no_two_the_same(tmp_path):
 
 def test_a_killed_run_frees_its_gpu(tmp_path):
     first, second = worker(tmp_path, "first", 100), worker(tmp_path, "second", 100)
-    until(lambda: len(list(tmp_path.glob("*.has"))) == 2)
+    until(lambda: len(list(tmp_path.glob("*.has"))) == 2, "two workers")
     waiting = worker(tmp_path, "third", 0)
     time.sleep(0.5)
     assert waiting.poll() is None

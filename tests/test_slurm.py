@@ -200,4 +200,3 @@ def test_a_sweep_with_a_chain_survives_a_killed_job_a_dead_node_and_a_killed_hea
     parts = [part["steps"] for one in results if one["experiment"] == "celeba-encoder" for part in one["made_by"]]
     sweep.say(f"steps of the processes that trained celeba-encoder and what it starts from: {parts}")
     assert any(last > first >= step > 0 for first, last in parts)                    # resumed, not begun again
-

@@ -13,7 +13,7 @@ import time
 
 import psutil
 import pytest
-from fresh_clone import ended, environment, skip_without_snakemake
+from fresh_clone import ended, launched, skip_without_snakemake, until
 from small_sweep import commit, edit, put, sweep_checkout
 from toy import toy_record
 
@@ -256,19 +256,6 @@ def programs(tmp_path, monkeypatch, **scripts):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-
-
-def launched(checkout, *words):
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # noqa: E731   (in the background shells ignore it)
-    return subprocess.Popen([sys.executable, "-m", "lib", *words], cwd=checkout, text=True, env=environment(checkout),
-                            preexec_fn=heed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def until(condition, what, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.05)
 
 
 def test_a_killed_head_takes_snakemake_along_and_an_interrupted_one_ends_it(checkout, fake):
